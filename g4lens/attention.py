@@ -1,0 +1,147 @@
+"""Who sees whom, and the two ways to compute attention: explicit, and fused.
+
+The explicit way makes the `[query, key]` matrices that hooks and caches look at; the fused one
+never does. Both give the same result to float error. There is no 1/sqrt(d_head): in Gemma 4 the
+gain of the query norm has learned it.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from g4lens.state import Rows
+
+Queries = Float[Tensor, "batch query_pos head d_head"]
+Keys = Float[Tensor, "batch key_pos kv_head d_head"]
+Scores = Float[Tensor, "batch head query_pos key_pos"]
+Mask = Bool[Tensor, "batch 1 query_pos key_pos"]
+
+
+def visible(
+    queries: Int[Tensor, "*batch query_pos"], keys: Int[Tensor, "*batch key_pos"], window: int
+) -> Bool[Tensor, "*batch query_pos key_pos"]:
+    """Is the key's position among the `window` positions that end with the query's own? Padding sees nothing."""
+    distance = queries[..., :, None] - keys[..., None, :]
+    return (distance >= 0) & (distance < window) & (keys >= 0)[..., None, :]
+
+
+def attention_scores(q: Queries, k: Keys, mask: Mask | None) -> Scores:
+    """Dot products of queries and keys, -inf where masked. Query heads share key heads in groups."""
+    grouped = rearrange(q, "batch query (kv group) d -> batch kv group query d", kv=k.shape[2])
+    scores = grouped @ rearrange(k, "batch key kv d -> batch kv 1 d key")
+    return _masked(scores.flatten(1, 2), mask, -torch.inf)
+
+
+def attention_pattern(scores: Scores) -> Scores:
+    """Softmax over keys, at least in float32. A row without an open key gives zeros."""
+    closed = (scores == -torch.inf).all(-1, keepdim=True)
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(closed, 0.0)
+    return wide.softmax(-1).masked_fill(closed, 0.0)
+
+
+def explicit_attention(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    mask: Mask | None,
+    hook_scores: Callable[[Tensor], Tensor],
+    hook_pattern: Callable[[Tensor], Tensor],
+) -> Queries:
+    """Attention by way of the matrices. The mask holds again after the hooks: no edit opens the future."""
+    scores = _masked(hook_scores(attention_scores(q, k, mask)), mask, -torch.inf)
+    pattern = attention_pattern(scores).to(v.dtype)
+    pattern = _masked(hook_pattern(pattern), mask, 0.0)
+    grouped = rearrange(pattern, "batch (kv group) query key -> batch kv group query key", kv=v.shape[2])
+    z = grouped @ rearrange(v, "batch key kv d -> batch kv 1 key d")
+    return rearrange(z, "batch kv group query d -> batch query (kv group) d")
+
+
+def fused_attention(q: Queries, k: Keys, v: Keys, mask: Mask | None = None, causal: bool = False) -> Queries:
+    """The same, without ever holding a `[query, key]` matrix."""
+    z = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=1.0,
+        enable_gqa=True,
+    )
+    return z.transpose(1, 2)
+
+
+class Sight:
+    """What the rows of one run see of the keys before them. Masks are made once and kept.
+
+    Args:
+        queries: the positions of the rows.
+    """
+
+    def __init__(self, queries: Rows):
+        self.queries = queries
+        self._masks: dict[tuple[int, int, int], tuple[Rows, Mask]] = {}
+
+    def mask(self, keys: Rows, window: int, last: int | None = None) -> Mask:
+        """Which keys each query sees, of all of `keys` or of the `last` so many."""
+        last = len(keys) if last is None else last
+        key = (id(keys), window, last)
+        if key not in self._masks:
+            query_pos, key_pos = self.queries.positions, keys.positions[:, len(keys) - last :]
+            if self.queries.first is not None and keys.first is not None:  # alike in every prompt
+                query_pos, key_pos = query_pos[:1], key_pos[:1]
+            self._masks[key] = (keys, visible(query_pos, key_pos, window)[:, None])
+        return self._masks[key][1]
+
+    def attend(self, q: Queries, k: Keys, v: Keys, keys: Rows, window: int) -> Queries:
+        """Fused attention, by the cheapest kernel that the known positions allow."""
+        n, known = len(self.queries), self.queries.first is not None and self.queries.end == keys.end
+        if n > 2 * window and (known or keys is self.queries):
+            return _windowed_attention(q, k, v, self.queries, keys, window)
+        if not known:
+            return fused_attention(q, k, v, self.mask(keys, window))
+        reach = min(len(keys), n + window - 1)  # nobody here looks further back
+        k, v = k[:, -reach:], v[:, -reach:]
+        if n == 1:
+            return fused_attention(q, k, v)
+        if n == len(keys) <= window:
+            return fused_attention(q, k, v, causal=True)
+        return fused_attention(q, k, v, self.mask(keys, window, reach))
+
+
+def _windowed_attention(
+    q: Queries, k: Keys, v: Keys, queries: Rows, keys: Rows, window: int
+) -> Queries:
+    """Local attention in blocks of one window: each block of queries sees its own keys and the block before.
+
+    The queries are the last rows of the keys, so the cost is O(query_pos * window).
+    """
+    n = len(queries)
+    n_blocks = -(-n // window)
+    tail = n_blocks * window - n
+    ahead = window - min(window, len(keys) - n)  # rows missing before the first block of keys
+    start = len(keys) - n - window + ahead
+
+    def blocks(x: Tensor, fill: int = 0) -> Tensor:
+        padding = (0, 0) * (x.ndim - 2)
+        padded = F.pad(x[:, start:], (*padding, ahead, tail), value=fill)
+        halves = padded.unflatten(1, (n_blocks + 1, window))
+        return torch.cat([halves[:, :-1], halves[:, 1:]], dim=2)
+
+    query_pos, key_pos = queries.positions, keys.positions
+    if queries.first is not None:
+        query_pos, key_pos = query_pos[:1], key_pos[:1]
+    query_pos = F.pad(query_pos, (0, tail), value=-1).unflatten(1, (n_blocks, window))
+    mask = visible(query_pos, blocks(key_pos, -1), window).expand(len(q), -1, -1, -1)
+    q = F.pad(q, (0, 0, 0, 0, 0, tail)).unflatten(1, (n_blocks, window))
+    z = fused_attention(
+        *(x.flatten(0, 1) for x in (q, blocks(k), blocks(v))), mask.flatten(0, 1)[:, None]
+    )
+    return z.unflatten(0, (len(q), n_blocks)).flatten(1, 2)[:, :n]
+
+
+def _masked(x: Scores, mask: Mask | None, value: float) -> Scores:
+    return x if mask is None else x.masked_fill(~mask, value)

@@ -1,0 +1,444 @@
+"""Gemma 4: the decoder, joined by the towers that let it see and hear.
+
+    picture ─ vision tower ─┐
+    sound ─── audio tower ──┤ soft tokens, in place of the placeholders
+    text ──── embedding ────┴─ decoder ── logits
+
+Source: `Gemma4Model` in transformers' `models/gemma4/modeling_gemma4.py`.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from g4lens.cache import ActivationCache
+from g4lens.config import Gemma4Config
+from g4lens.errors import InputError
+from g4lens.generate import generate, stream
+from g4lens.hooks import HookPoint, Hung, NamesFilter, asked_for, at_rows, edited_points, hang, running
+from g4lens.inputs.batch import Batch, prepare
+from g4lens.inputs.processor import Processor
+from g4lens.inputs.prompt import Prompt
+from g4lens.model.audio import AudioTower
+from g4lens.model.text import Read, TextModel
+from g4lens.model.vision import VisionTower
+from g4lens.state import KeyValues, Positions, Rows, State, absolute
+
+Inputs = str | Tensor | Prompt | Batch | Mapping[str, Any] | Sequence[Any]
+Soft = Sequence[tuple[Tensor, Tensor]]
+
+STREAMS = ("resid_pre", "resid_mid", "resid_pre_ple", "resid_post", "attn_out", "mlp_out", "ple_out")
+CACHED_BY_DEFAULT = (
+    "hook_embed",
+    "hook_ple*",
+    *(f"blocks.*.hook_{name}" for name in STREAMS),
+    "blocks.*.attn.hook_rot_?",
+    "blocks.*.attn.hook_norm_v",
+    "blocks.*.attn.hook_z",
+)
+
+
+class WithGrads(NamedTuple):
+    """What `run_with_grads` returns.
+
+    Attributes:
+        value: the objective, detached.
+        cache: the activations that went on.
+        grads: the gradient of the objective by each of them, under the same names.
+    """
+
+    value: Tensor
+    cache: ActivationCache
+    grads: ActivationCache
+
+
+class Gemma4(TextModel):
+    """A Gemma 4 model of which every activation can be read, replaced and differentiated.
+
+    Args:
+        cfg: the numbers that define it.
+        processor: what turns text, pictures and sounds into its inputs; without one it takes ids
+            and mappings of tensors only.
+    """
+
+    cfg: Gemma4Config
+
+    def __init__(self, cfg: Gemma4Config, processor: Processor | None = None):
+        super().__init__(cfg)
+        self.vision = None if cfg.vision is None else VisionTower(cfg.vision, cfg.d_model)
+        self.audio = None if cfg.audio is None else AudioTower(cfg.audio, cfg.d_model)
+        self.processor = processor
+        self.register_hook_points()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder's weights are."""
+        return self.blocks[0].scalar.device
+
+    # ---- running
+
+    def forward(
+        self,
+        inputs: Inputs | None = None,
+        *,
+        read: Positions | None = None,
+        stop: int | None = None,
+        state: State | None = None,
+        past: KeyValues | None = None,
+        chunk: int | None = None,
+    ) -> Any:
+        """Next-token logits, after the soft cap.
+
+        Args:
+            inputs: text, ids `[batch, pos]`, a Prompt, a list of them (left-padded), or a mapping with
+                the names that transformers' Gemma 4 processor uses.
+            read: the positions whose logits are wanted, counted over each prompt's own tokens, negative
+                from its end; only what they need is computed.
+            stop: run only the blocks before this one and return the `State` that enters it.
+            state: enter at a block, in place of `inputs`; as `cache.state(layer)` or `stop` give it.
+            past: keys and values of the positions before the inputs, as a `State` of theirs holds them.
+            chunk: run so many positions at a time, with the same result.
+
+        Returns:
+            `[batch, pos, d_vocab]`, with `read` `[batch, reads, d_vocab]`; with `stop` a `State`.
+
+        Raises:
+            InputError: what is wrong with the inputs or the positions.
+        """
+        self._check(inputs, stop, state, past, chunk)
+        with running():
+            if state is None:
+                batch = prepare(inputs, self.processor, self.cfg)
+                index = None
+                if read is not None:
+                    index = Rows(batch.positions).find(absolute(read, batch.lengths))
+                if stop is None:
+                    self._check_fits(batch.tokens.numel() if index is None else index.numel())
+                out = self._run_batch(batch, index, stop, past, chunk)
+            else:
+                held = state.rows.positions
+                index = None if read is None else state.rows.find(
+                    absolute(read, state.lengths).to(held.device)
+                )
+                out = self.run(state, stop, index)
+            return out if stop is not None else self.unembed(out.resid)
+
+    def _run_batch(
+        self,
+        batch: Batch,
+        index: Read | None,
+        stop: int | None = None,
+        past: KeyValues | None = None,
+        chunk: int | None = None,
+    ) -> State:
+        """Run prepared inputs through the blocks, all at once or chunk by chunk.
+
+        Args:
+            index: the rows to read, on the CPU. Chunks read the rows that any prompt of the batch reads.
+        """
+        n, soft = batch.tokens.shape[1], self._soft_tokens(batch)
+        kv = KeyValues(keep=stop is not None) if past is None else past
+        rows, lengths = self._rows(batch, kv)
+        tokens = batch.tokens.to(self.device)
+        if chunk is None or chunk >= n:
+            read = None if index is None else index.to(self.device)
+            return self.run(self.begin(tokens, rows, lengths, soft, kv), stop, read)
+        columns = None if index is None else index.unique()
+        pieces: list[State] = []
+        for start in range(0, n, chunk):
+            end, read = min(start + chunk, n), None
+            if columns is not None:
+                here = columns[(columns >= start) & (columns < end)] - start
+                read = here.expand(len(tokens), -1).to(self.device)
+            entering = self.begin(
+                tokens[:, start:end], rows.slice(start, end), lengths, _columns(soft, start, end), kv
+            )
+            pieces.append(self.run(entering, stop, read))
+            kv = pieces[-1].kv
+        whole = _joined(pieces, rows.first if index is None else None)
+        if index is not None and columns is not None:
+            whole = whole.take(torch.searchsorted(columns, index).to(self.device))
+        at_rows(whole.rows.positions, lengths)
+        return whole
+
+    def _rows(self, batch: Batch, past: KeyValues) -> tuple[Rows, Int[Tensor, "batch"]]:  # noqa: F821
+        """The positions of a batch behind its past, and the number of tokens up to its end."""
+        positions, lengths = batch.positions, batch.lengths
+        first = None if batch.is_padded else 0
+        if past.rows:
+            end = past.end()
+            positions = torch.where(positions >= 0, positions + end[:, None], -1)
+            lengths = lengths + end
+            first = int(end[0]) if first == 0 and bool((end == end[0]).all()) else None
+        return Rows(positions.to(self.device), first), lengths
+
+    def _soft_tokens(self, batch: Batch) -> Soft:
+        """Where soft tokens stand in the batch, and what the towers make of its pictures and sounds."""
+        soft: list[tuple[Tensor, Tensor]] = []
+        if batch.pixels is not None and self.vision is not None:
+            where = batch.tokens == self.cfg.image_id
+            is_padded = bool((batch.patch_positions < 0).any())
+            pixels, positions = batch.pixels.to(self.device), batch.patch_positions.to(self.device)
+            soft.append((where.to(self.device), self.vision(pixels, positions, is_padded)))
+        if batch.mel is not None and self.audio is not None:
+            where = batch.tokens == self.cfg.audio_id
+            mel, mask = batch.mel.to(self.device), batch.mel_mask.to(self.device)
+            soft.append((where.to(self.device), self.audio(mel, mask)))
+        return soft
+
+    def begin(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        rows: Rows,
+        lengths: Int[Tensor, "batch"],  # noqa: F821
+        soft: Soft = (),
+        past: KeyValues | None = None,
+    ) -> State:
+        """As `TextModel.begin`; placeholders look up the pad row, in both tables."""
+        for where, _ in soft:
+            tokens = tokens.masked_fill(where, self.cfg.pad_id)
+        return super().begin(tokens, rows, lengths, soft, past)
+
+    # ---- generating
+
+    def prefill(self, batch: Batch, chunk: int | None) -> tuple[Float[Tensor, "batch d_vocab"], State]:
+        """The logits behind each prompt, and the state that the next tokens follow.
+
+        Computes what the last position needs, and every position where somebody watches a block
+        from the horizon on.
+        """
+        last = Rows(batch.positions).find(absolute(-1, batch.lengths))
+        watched = any(
+            point.is_hung
+            for block in self.blocks[self.cfg.horizon :]
+            for point in block.modules()
+            if isinstance(point, HookPoint)
+        )
+        with running():
+            state = self._run_batch(batch, None if watched else last, chunk=chunk)
+            state = state.take(last.to(self.device)) if watched else state
+            if not batch.is_padded:
+                state = replace(state, rows=Rows(state.rows.positions, batch.tokens.shape[1] - 1))
+            at_rows(state.rows.positions, state.lengths)
+            return self.unembed(state.resid)[:, 0], state
+
+    def advance(
+        self, tokens: Int[Tensor, "batch"], state: State, step: int  # noqa: F821
+    ) -> tuple[Float[Tensor, "batch d_vocab"], State]:
+        """The logits behind one more token of each prompt, the `step`-th generated, and the new state."""
+        before = state.rows
+        rows = Rows(before.positions + 1, before.end)
+        with running(step):
+            state = self.run(self.begin(tokens[:, None], rows, state.lengths, past=state.kv))
+            return self.unembed(state.resid)[:, 0], state
+
+    def generate(self, inputs: Inputs, max_new_tokens: int = 40, **options: Any) -> Any:
+        """Let the model go on. Arguments, results and errors: `g4lens.generate.generate`."""
+        return generate(self, inputs, max_new_tokens, **options)
+
+    def stream(self, inputs: Inputs, max_new_tokens: int = 40, **options: Any) -> Iterator[str]:
+        """The text that `generate` would return, piece by piece as it is made."""
+        return stream(self, inputs, max_new_tokens, **options)
+
+    # ---- reading activations and gradients
+
+    def run_with_cache(
+        self,
+        inputs: Inputs | None = None,
+        names_filter: NamesFilter | None = None,
+        *,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ActivationCache]:
+        """Run once and keep activations.
+
+        Args:
+            inputs: as for a plain call.
+            names_filter: a name, a glob, a list of them or a predicate. By default the decoder's residual
+                streams, contributions, rot_q, rot_k, norm_v, z and per-layer embeddings: from these
+                every pattern and decomposition follows.
+            device: where to move each activation as it is made; by default it stays.
+            **kwargs: `read`, `stop`, `state`, `past`, `chunk`, as for a plain call.
+
+        Returns:
+            What the plain call returns, and the cache.
+
+        Raises:
+            HookNameError: a filter matches nothing, or nothing that this run computes.
+            InputError: as the plain call.
+        """
+        inputs, cache, points, asked = self._watch(inputs, names_filter, kwargs.get("state"))
+        save = cache.saver(device, keep_graph=False)
+        with hang([(point, Hung(savers=[save])) for point in points], asked):
+            return self(inputs, **kwargs), cache
+
+    def run_with_grads(
+        self,
+        inputs: Inputs | None,
+        objective: Callable[[Tensor], Tensor],
+        names_filter: NamesFilter | None = None,
+        **kwargs: Any,
+    ) -> WithGrads:
+        """Run once and differentiate a scalar of the logits by the activations.
+
+        Args:
+            inputs: as for a plain call.
+            objective: logits to a scalar.
+            names_filter: as for `run_with_cache`.
+            **kwargs: as for a plain call, without `stop`.
+
+        Returns:
+            The value, the activations, and its gradient by each: zeros where it does not depend on one.
+
+        Raises:
+            InputError: the objective is no scalar. HookNameError: as `run_with_cache`.
+        """
+        inputs, cache, points, asked = self._watch(inputs, names_filter, kwargs.get("state"))
+        save = cache.saver(None, keep_graph=True)
+        hung = [(point, Hung(gradients=[None], savers=[save])) for point in points]
+        with torch.enable_grad(), hang(hung, asked):
+            value = objective(self(inputs, **kwargs))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"the objective returned {found}, expected a tensor of one element")
+        return WithGrads(value.detach(), *cache.differentiated(value))
+
+    def _watch(
+        self, inputs: Inputs | None, names_filter: NamesFilter | None, state: State | None
+    ) -> tuple[Inputs | None, ActivationCache, list[HookPoint], list[tuple[str, set[HookPoint]]]]:
+        """Prepared inputs, an empty cache for their run, the points to watch, and what was asked for."""
+        batch = prepare(inputs, self.processor, self.cfg) if state is None else inputs
+        edited = edited_points()
+        if names_filter is None:
+            points, asked = self.matching(CACHED_BY_DEFAULT), []
+            parents = {point.name.rpartition(".")[0] for point in edited if "_scores" in point.name or "_pattern" in point.name}
+            points += [self.hook_points[f"{attn}.hook_pattern"] for attn in parents]
+        else:
+            points, asked = self.matching(names_filter), asked_for(self, names_filter)
+        lengths = state.lengths if state is not None else batch.lengths
+        cache = ActivationCache(self, lengths, frozenset(point.name for point in edited))
+        return batch, cache, points, asked
+
+    # ---- text, pictures and sounds
+
+    def prompt(self, *parts: Any) -> Prompt:
+        """Text, `Image`s and `Audio`s in the order given, behind exactly one <bos>.
+
+        Raises: InputError: a part that cannot be taken, or a model without processor or tower for it.
+        """
+        return self._processor().prompt(*parts)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], thinking: bool = False, tools: Sequence[Any] | None = None
+    ) -> Prompt:
+        """A conversation, rendered by the checkpoint's own template, up to the model's turn.
+
+        Args:
+            messages: `{"role": ..., "content": text or a list of parts}`.
+            thinking: switch reasoning on.
+            tools: declarations of the functions the model may call.
+
+        Raises: InputError: a message or tool that the template cannot take.
+        """
+        return self._processor().chat(messages, thinking=thinking, tools=tools)
+
+    def token_ids(self, tokens: Any) -> Int[Tensor, "*batch"]:
+        """An id, a text of one token, or several of either, as ids. Raises: InputError: neither."""
+        if isinstance(tokens, Tensor):
+            return tokens.to(self.device)
+        if isinstance(tokens, str):
+            ids = self._processor().tokenizer.encode(tokens)
+            if len(ids) != 1:
+                pieces = [self._processor().tokenizer.token_text(i) for i in ids]
+                raise InputError(f"{tokens!r} is {len(ids)} tokens {pieces}, expected exactly one")
+            return torch.tensor(ids[0], device=self.device)
+        if isinstance(tokens, Sequence):
+            return torch.stack([self.token_ids(token) for token in tokens])
+        return torch.as_tensor(tokens, device=self.device)
+
+    def _processor(self) -> Processor:
+        if self.processor is None:
+            raise InputError("this model has no tokenizer: give it ids [batch, pos], or load it from a folder")
+        return self.processor
+
+    # ---- weights as analyses want them: views, nothing folded
+
+    def head_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """W_O of a block, by head."""
+        weight = self.blocks[layer].attn.o_proj.weight
+        return rearrange(weight, "d_model (head d_head) -> head d_head d_model", head=self.cfg.n_heads)
+
+    def layer_scalar(self, layer: int) -> Float[Tensor, "1"]:
+        """What a block multiplies the stream by at its end."""
+        return self.blocks[layer].scalar
+
+    def post_norm(self, layer: int) -> Float[Tensor, "d_model"]:  # noqa: F821
+        """The gain of the norm behind a block's attention."""
+        return self.blocks[layer].ln1_post.weight
+
+    def final_norm(self) -> Float[Tensor, "d_model"]:  # noqa: F821
+        """The gain of the norm before the unembedding."""
+        return self.ln_final.weight
+
+    def unembedding(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
+        """The rows of the (tied) unembedding that belong to tokens."""
+        return self.embed.tokens.weight[tokens]
+
+    # ---- checks
+
+    def _check(self, inputs: Any, stop: int | None, state: State | None, past: Any, chunk: int | None) -> None:
+        if (inputs is None) == (state is None):
+            raise InputError("give either inputs or state=, which enters in their place")
+        if state is not None and (past is not None or chunk is not None):
+            raise InputError("state= brings its own keys and values and rows: past= and chunk= go with inputs")
+        first = 0 if state is None else state.layer
+        if stop is not None and not first <= stop <= self.cfg.n_layers:
+            raise InputError(f"stop is {stop}, expected {first} to {self.cfg.n_layers}")
+        if chunk is not None and chunk < 1:
+            raise InputError(f"chunk is {chunk}, expected at least 1 position")
+
+    def _check_fits(self, n_positions: int) -> None:
+        """Refuse a read whose logits could not be held: 1 MiB a position in E2B, in float32."""
+        size = self.blocks[0].scalar.element_size()
+        need = 2 * n_positions * self.cfg.d_vocab * size  # before and after the cap
+        free = free_memory(self.device)
+        if need > free:
+            raise InputError(
+                f"the logits of {n_positions:,} positions need {need / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB "
+                f"are free on {self.device}: name the positions you need, as in read=-1"
+            )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    if device.type == "meta":
+        return 2**62
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _columns(soft: Soft, start: int, end: int) -> Soft:
+    """The soft tokens that stand in some columns of the batch."""
+    parts = []
+    for where, embeddings in soft:
+        index = where.flatten().cumsum(0).view_as(where) - 1
+        here = where[:, start:end]
+        parts.append((here, embeddings[index[:, start:end][here]]))
+    return parts
+
+
+def _joined(pieces: Sequence[State], first: int | None) -> State:
+    """The states that chunks of a prompt end in, as one."""
+    last = pieces[-1]
+    resid, ple = (torch.cat(parts, dim=1) for parts in zip(*((p.resid, p.ple) for p in pieces), strict=True))
+    positions = torch.cat([piece.rows.positions for piece in pieces], dim=1)
+    return State(last.layer, resid, ple, last.kv, Rows(positions, first), last.lengths)
