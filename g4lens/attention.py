@@ -5,14 +5,13 @@ never does. Both give the same result to float error. There is no 1/sqrt(d_head)
 gain of the query norm has learned it.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from g4lens.hooks import HookPoint
 from g4lens.state import Rows
 
 Queries = Float[Tensor, "batch query_pos head d_head"]
@@ -48,13 +47,13 @@ def explicit_attention(
     k: Keys,
     v: Keys,
     mask: Mask | None,
-    hook_scores: Callable[[Tensor], Tensor],
-    hook_pattern: Callable[[Tensor], Tensor],
+    hook_scores: HookPoint,
+    hook_pattern: HookPoint,
 ) -> Queries:
-    """Attention by way of the matrices. The mask holds again after the hooks: no edit opens the future."""
-    scores = _masked(hook_scores(attention_scores(q, k, mask)), mask, -torch.inf)
+    """Attention by way of the matrices. The mask holds again after every edit: none opens the future."""
+    scores = hook_scores(attention_scores(q, k, mask), lambda x: _masked(x, mask, -torch.inf))
     pattern = attention_pattern(scores).to(v.dtype)
-    pattern = _masked(hook_pattern(pattern), mask, 0.0)
+    pattern = hook_pattern(pattern, lambda x: _masked(x, mask, 0.0))
     grouped = rearrange(pattern, "batch (kv group) query key -> batch kv group query key", kv=v.shape[2])
     z = grouped @ rearrange(v, "batch key kv d -> batch kv 1 key d")
     return rearrange(z, "batch kv group query d -> batch query (kv group) d")

@@ -103,6 +103,10 @@ class ActivationCache(Mapping[str, Tensor]):
     def __contains__(self, key: object) -> bool:
         return key in self._entries
 
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The entry, or `default` where the cache holds none of that name."""
+        return self[key] if key in self else default
+
     def __repr__(self) -> str:
         size = sum(x.untyped_storage().nbytes() for x in self._storages())
         return f"ActivationCache({len(self)} activations, {size / 2**20:.1f} MiB: {listed(self, 4)})"
@@ -326,9 +330,9 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def _touched(self, names: list[str], total: str, heads: bool) -> bool:
         """May a hook have changed the stream other than through the parts?"""
-        blocks = {name.split(".hook_")[0] for name in (*names, total) if name.startswith("blocks.")}
+        blocks = {name.split(".hook_")[0] for name in names if name.startswith("blocks.")}
         streams = ("resid_pre", "resid_mid", "resid_pre_ple", "resid_post")
-        points = {f"{block}.hook_{stream}" for block in blocks for stream in streams}
+        points = {total, *(f"{block}.hook_{stream}" for block in blocks for stream in streams)}
         if heads:
             inside = ("hook_attn_out", "attn.hook_out", "ln1_post.hook_scale", "ln1_post.hook_normalized")
             points |= {f"{block}.{point}" for block in blocks for point in inside}

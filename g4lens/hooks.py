@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from g4lens.errors import HookError, HookNameError, did_you_mean
 
 HookFn = Callable[[Tensor, "Hook"], Tensor | None]
+Enforce = Callable[[Tensor], Tensor]
 NamesFilter = str | Callable[[str], bool] | Sequence[str]
 
 
@@ -105,11 +106,12 @@ class Hung:
             self.savers + other.savers,
         )
 
-    def visit(self, x: Tensor, hook: Hook) -> Tensor:
+    def visit(self, x: Tensor, hook: Hook, enforce: Enforce | None) -> Tensor:
         for edit in self.edits:
             own = x.clone()  # an edit in place counts here and reaches nothing else
             returned = edit(own, hook)
             x = own if returned is None else _like(returned, x, hook)
+            x = x if enforce is None else enforce(x)
         if self.gradients:
             # a node of its own, so that parallel points and neighbours that alias keep gradients apart
             x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
@@ -133,11 +135,12 @@ class HookPoint(nn.Module):
         self.name = ""  # the dotted path from the root, set by HookedModule
 
     # Not `forward`: an idle point costs a dictionary look-up, not nn.Module's machinery for hooks.
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, enforce: Enforce | None = None) -> Tensor:
+        """`x`, or what the hooks make of it; `enforce` then restores what no edit may change."""
         hung = _thread.hung.get(self)
         if hung is None:
             return x
-        return hung.visit(x, self._hook())
+        return hung.visit(x, self._hook(), enforce)
 
     @property
     def is_hung(self) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from g4lens.attention import Sight, attention_pattern, explicit_attention, visible
+from g4lens.hooks import HookPoint, Hung, hang
 from g4lens.state import Rows
 
 WINDOW = 8
@@ -16,7 +17,15 @@ def qkv(batch, n_queries, n_keys, heads=4, kv_heads=2, d=16):
 
 
 def explicit(q, k, v, mask):
-    return explicit_attention(q, k, v, mask, lambda x: x, lambda x: x)
+    return edited(q, k, v, mask)
+
+
+def edited(q, k, v, mask, scores=None, pattern=None):
+    """Explicit attention with functions hung on its two points."""
+    points = HookPoint("batch head query_pos key_pos"), HookPoint("batch head query_pos key_pos")
+    edits = [(p, Hung(edits=[fn])) for p, fn in zip(points, (scores, pattern), strict=True) if fn]
+    with hang(edits):
+        return explicit_attention(q, k, v, mask, *points)
 
 
 @pytest.mark.parametrize("window", [WINDOW, 1000])
@@ -53,9 +62,7 @@ def test_rows_without_open_key_give_zeros_and_finite_gradients():
     q, k, v = qkv(1, 6, 6)
     q.requires_grad_()
     rows = Rows(torch.arange(6)[None], 0)
-    closed = explicit_attention(
-        q, k, v, Sight(rows).mask(rows, 3), lambda s: torch.full_like(s, -torch.inf), lambda x: x
-    )
+    closed = edited(q, k, v, Sight(rows).mask(rows, 3), scores=lambda s, hook: s - torch.inf)
     assert (closed == 0).all()
     assert torch.autograd.grad(closed.sum(), q)[0].isfinite().all()
 
@@ -65,9 +72,9 @@ def test_the_mask_holds_after_edits():
     rows = Rows(torch.arange(12)[None], 0)
     mask = Sight(rows).mask(rows, 4)
     seen = []
-    explicit_attention(q, k, v, mask, torch.zeros_like, lambda p: seen.append(p) or torch.ones_like(p))
+    edited(q, k, v, mask, lambda s, hook: s * 0, lambda p, hook: seen.append(p))
     assert (seen[0][~mask.expand_as(seen[0])] == 0).all()
-    opened = explicit_attention(q, k, v, mask, lambda x: x, torch.ones_like)
+    opened = edited(q, k, v, mask, pattern=lambda p, hook: torch.ones_like(p))
     window_sums = torch.stack([v[:, max(0, i - 3) : i + 1].sum(1) for i in range(12)], 1)
     torch.testing.assert_close(opened, window_sums.repeat_interleave(2, dim=2))
 

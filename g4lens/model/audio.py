@@ -90,8 +90,12 @@ class ChunkedAttention(nn.Module):
         q, k, v = self._chunks(q), self._contexts(k), self._contexts(v)
         scores = torch.einsum("bcqhd,bckhd->bhcqk", q, k) + self._distance_scores(q)
         scores = cfg.softcap * torch.tanh(scores / cfg.softcap)
-        scores = self.hook_attn_scores(scores.masked_fill(~mask, cfg.masked_score))
-        pattern = self.hook_pattern(scores.masked_fill(~mask, cfg.masked_score).softmax(-1))
+
+        def closed(x: Tensor) -> Tensor:
+            return x.masked_fill(~mask, cfg.masked_score)
+
+        scores = self.hook_attn_scores(closed(scores), closed)
+        pattern = self.hook_pattern(scores.softmax(-1), lambda x: x.masked_fill(~mask, 0.0))
         z = torch.einsum("bhcqk,bckhd->bcqhd", pattern, v).flatten(1, 2)[:, :n]
         return self.hook_out(self.o_proj(self.hook_z(z).flatten(2).to(x.dtype)))
 

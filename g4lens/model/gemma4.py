@@ -213,6 +213,7 @@ class Gemma4(TextModel):
         Computes what the last position needs, and every position where somebody watches a block
         from the horizon on.
         """
+        self._check_chunk(chunk)
         last = Rows(batch.positions).find(absolute(-1, batch.lengths))
         watched = any(
             point.is_hung
@@ -400,6 +401,9 @@ class Gemma4(TextModel):
         first = 0 if state is None else state.layer
         if stop is not None and not first <= stop <= self.cfg.n_layers:
             raise InputError(f"stop is {stop}, expected {first} to {self.cfg.n_layers}")
+        self._check_chunk(chunk)
+
+    def _check_chunk(self, chunk: int | None) -> None:
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk is {chunk}, expected at least 1 position")
 

@@ -1,0 +1,219 @@
+"""Text, pictures and sounds into prompts, as a checkpoint's folder says."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from g4lens.config import Gemma4Config
+from g4lens.errors import InputError
+from g4lens.inputs.chat import render
+from g4lens.inputs.image import Image, ImagePatches, ImageSettings, patches
+from g4lens.inputs.prompt import Prompt, build
+from g4lens.inputs.sound import Audio, MelFrames, SoundSettings, mel_frames
+from g4lens.inputs.tokenizer import Tokenizer
+
+SPOKEN_BY_THE_MODEL = ("channel", "tool_call", "tool_response")
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What a checkpoint's folder says about inputs.
+
+    Attributes:
+        image_settings: `max_soft_tokens` is the budget of each picture; `with_budget` changes it.
+        chat_template: jinja2 source; None where the folder has none.
+    """
+
+    cfg: Gemma4Config
+    tokenizer: Tokenizer
+    image_settings: ImageSettings
+    sound_settings: SoundSettings
+    chat_template: str | None = None
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, cfg: Gemma4Config) -> "Processor":
+        """Read a checkpoint's tokenizer, processor settings and chat template.
+
+        Raises: InputError: no tokenizer, or a file that cannot be used.
+        """
+        folder = Path(folder)
+        template = folder / "chat_template.jinja"
+        return cls(
+            cfg,
+            Tokenizer.from_folder(folder),
+            ImageSettings.from_json(folder),
+            SoundSettings.from_json(folder),
+            template.read_text(encoding="utf-8") if template.is_file() else None,
+        )
+
+    def with_budget(self, max_soft_tokens: int) -> "Processor":
+        """The same with another budget of soft tokens a picture: 70, 140, 280, 560 or 1120.
+
+        Raises: InputError: another number.
+        """
+        return replace(self, image_settings=replace(self.image_settings, max_soft_tokens=max_soft_tokens))
+
+    def prompt(self, *parts: Any) -> Prompt:
+        """Text, `Image`s and `Audio`s in the order given, behind exactly one <bos>.
+
+        Special tokens written out in the text become those tokens; placeholders of pictures and
+        sounds may not be written.
+
+        Raises: InputError: a part that cannot be taken, or nothing at all.
+        """
+        if not parts:
+            raise InputError("prompt: nothing given, expected text, Image or Audio")
+        ids: list[int] = []
+        images: list[ImagePatches] = []
+        sounds: list[MelFrames] = []
+        for part in parts:
+            if isinstance(part, str):
+                self._refuse_placeholders(part, "the text")
+                ids += self.tokenizer.encode(part)
+            elif isinstance(part, Image):
+                images.append(self._patches(part))
+                ids += self._image_ids(images[-1])
+            elif isinstance(part, Audio):
+                sounds.append(self._frames(part))
+                ids += self._sound_ids(sounds[-1])
+            else:
+                raise InputError(f"prompt: found a {type(part).__name__}, expected str, Image or Audio")
+        bos = self.cfg.bos_id
+        return build(ids if ids[:1] == [bos] else [bos, *ids], self.tokenizer, self.cfg, images, sounds)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool = False,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> Prompt:
+        """A conversation, rendered by the checkpoint's own template.
+
+        Args:
+            messages: `{"role": ..., "content": ...}`, the content a text or a list of texts, `Image`s,
+                `Audio`s and `{"type": "text" | "image" | "audio", type: ...}`.
+            thinking: switch reasoning on.
+            tools: declarations of functions, as in transformers' chat templates.
+            add_generation_prompt: end with the opening of the model's turn.
+
+        Raises: InputError: no template, a message it cannot take, or text that holds special tokens
+            and so would forge the structure of the conversation.
+        """
+        if self.chat_template is None:
+            raise InputError("this checkpoint has no chat_template.jinja: use prompt(...)")
+        media: list[Image | Audio] = []
+        plain = [self._plain(i, message, media) for i, message in enumerate(messages)]
+        special = {"bos_token": self.cfg.bos_id, "eos_token": self.cfg.eos_ids[0], "pad_token": self.cfg.pad_id}
+        text = render(
+            self.chat_template,
+            plain,
+            tools=tools,
+            thinking=thinking,
+            add_generation_prompt=add_generation_prompt,
+            special={name: self.tokenizer.token_text(i) for name, i in special.items()},
+        )
+        return self._expanded(self.tokenizer.encode(text), media)
+
+    def extend(self, prompt: Prompt, ids: Sequence[int]) -> Prompt:
+        """The prompt with more tokens behind it. Raises: InputError: they hold placeholders."""
+        whole = [*prompt.ids.tolist(), *ids]
+        return build(whole, self.tokenizer, self.cfg, prompt.images, prompt.sounds)
+
+    def _expanded(self, ids: Sequence[int], media: Sequence[Image | Audio]) -> Prompt:
+        """Put each picture's and sound's soft tokens in the place of its one placeholder."""
+        images: list[ImagePatches] = []
+        sounds: list[MelFrames] = []
+        queue, whole = list(media), list[int]()
+        for id_ in ids:
+            kind = {self.cfg.image_id: Image, self.cfg.audio_id: Audio}.get(id_)
+            if kind is None:
+                whole.append(id_)
+                continue
+            if not queue or not isinstance(queue[0], kind):
+                raise InputError("the chat template moved or dropped a picture or sound of the messages")
+            item = queue.pop(0)
+            if isinstance(item, Image):
+                images.append(self._patches(item))
+                whole += self._image_ids(images[-1])
+            else:
+                sounds.append(self._frames(item))
+                whole += self._sound_ids(sounds[-1])
+        if queue:
+            raise InputError(f"the chat template left out {len(queue)} pictures or sounds of the messages")
+        return build(whole, self.tokenizer, self.cfg, images, sounds)
+
+    def _plain(self, index: int, message: Mapping[str, Any], media: list[Image | Audio]) -> Mapping[str, Any]:
+        """A message as templates expect it; its pictures and sounds are collected in order."""
+        if not isinstance(message, Mapping):
+            raise InputError(f"message {index} is a {type(message).__name__}, expected a mapping with role and content")
+        content = message.get("content")
+        where, model = f"message {index}", message.get("role") in ("assistant", "model")
+        if isinstance(content, str):
+            self._refuse_structure(content, where, model)
+            return message
+        if not isinstance(content, list | tuple):
+            return message
+        parts = [self._plain_part(part, where, model, media) for part in content]
+        return {**message, "content": parts}
+
+    def _plain_part(self, part: Any, where: str, model: bool, media: list[Image | Audio]) -> dict[str, Any]:
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        elif isinstance(part, Image):
+            part = {"type": "image", "image": part}
+        elif isinstance(part, Audio):
+            part = {"type": "audio", "audio": part}
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind not in ("text", "image", "audio") or part.get(kind) is None:
+            raise InputError(
+                f"{where}: found content of type {kind!r}, expected a text, an Image, an Audio or "
+                '{"type": "text" | "image" | "audio", and its value under the same name}'
+            )
+        value = part[kind]
+        if kind == "text":
+            self._refuse_structure(value, where, model)
+            return {"type": "text", "text": value}
+        wrap = Image if kind == "image" else Audio
+        media.append(value if isinstance(value, wrap) else wrap(value))
+        return {"type": kind}
+
+    def _patches(self, image: Image) -> ImagePatches:
+        if self.cfg.vision is None:
+            raise InputError("this model has no vision tower: it takes no pictures")
+        return patches(image, self.image_settings)
+
+    def _frames(self, sound: Audio) -> MelFrames:
+        if self.cfg.audio is None:
+            raise InputError("this model has no audio tower: it takes no sounds")
+        return mel_frames(sound, self.sound_settings)
+
+    def _image_ids(self, image: ImagePatches) -> list[int]:
+        return _known([self.cfg.boi_id, *[self.cfg.image_id] * image.n_soft_tokens, self.cfg.eoi_id])
+
+    def _sound_ids(self, sound: MelFrames) -> list[int]:
+        return _known([self.cfg.boa_id, *[self.cfg.audio_id] * sound.n_soft_tokens, self.cfg.eoa_id])
+
+    def _refuse_placeholders(self, text: str, where: str) -> None:
+        for id_, kind in ((self.cfg.image_id, "Image"), (self.cfg.audio_id, "Audio")):
+            if id_ is not None and (written := self.tokenizer.token_text(id_)) in text:
+                raise InputError(f"{where} holds the placeholder {written!r}: give an {kind} in its place")
+
+    def _refuse_structure(self, text: Any, where: str, model: bool) -> None:
+        """No text of a message may open or close turns; only the model's may hold thoughts and calls."""
+        if not isinstance(text, str):
+            raise InputError(f"{where}: found a text of type {type(text).__name__}, expected str")
+        self._refuse_placeholders(text, where)
+        for token in self.tokenizer.special:
+            if token in text and not (model and any(word in token for word in SPOKEN_BY_THE_MODEL)):
+                raise InputError(
+                    f"{where} holds the special token {token!r}, which would forge the structure of the "
+                    "conversation: leave it out, or write the whole prompt by hand with prompt(...)"
+                )
+
+
+def _known(ids: Sequence[int | None]) -> list[int]:
+    if None in ids:
+        raise InputError("the config names no token that opens or closes a picture or sound")
+    return [id_ for id_ in ids if id_ is not None]

@@ -1,0 +1,186 @@
+"""Figures for papers and notebooks, by matplotlib. Every function draws into `ax` and returns it.
+
+Colours survive greyscale and the common kinds of colour blindness (Okabe and Ito's palette).
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from g4lens.cache import ActivationCache
+from g4lens.errors import InputError
+from g4lens.inputs.prompt import Prompt, Token
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {"embed": "#000000", "attn": "#0072B2", "mlp": "#E69F00", "ple": "#009E73", "edit": "#CC79A7"}
+MODALITIES = {"text": "#000000", "image": "#0072B2", "audio": "#E69F00"}
+
+
+def pattern(
+    cache: ActivationCache,
+    layer: int,
+    head: int,
+    prompt: Prompt | None = None,
+    row: int = 0,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """One head's attention pattern as a heat map, queries down, keys across.
+
+    Brightness is the square root of the weight, so that faint attention shows too. The axes are
+    labelled with the prompt's tokens, where a picture or a sound is one label.
+
+    Args:
+        cache: holds the block's rot_q and rot_k, as by default.
+        layer, head: which pattern.
+        prompt: names the positions; without one they are numbered.
+        row: which prompt of the batch.
+
+    Raises:
+        CacheError: what the pattern needs was not cached. InputError: no such layer or head.
+    """
+    cfg = cache.cfg
+    if not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
+        raise InputError(
+            f"layer {layer}, head {head}: expected layers 0 to {cfg.n_layers - 1}, heads 0 to {cfg.n_heads - 1}"
+        )
+    ax = _axes(ax, (6, 5))
+    weights = cache.pattern(layer, heads=[head])[row, 0].float().cpu()
+    queries = cache.positions(f"blocks.{layer}.attn.hook_rot_q")[row].tolist()
+    keys = cache.positions(f"blocks.{layer}.attn.hook_rot_k")[row].tolist()
+    ax.imshow(weights.sqrt(), cmap="magma", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    kind = "global" if cfg.is_global(layer) else f"local, window {cfg.sliding_window}"
+    source = cfg.kv_source(layer)
+    reads = "" if source == layer else f", reads block {source}"
+    ax.set_title(f"block {layer}, head {head} ({kind}{reads})")
+    ax.set_xlabel("key")
+    ax.set_ylabel("query")
+    if prompt is not None:
+        for held, axis, turn in ((keys, ax.xaxis, 90), (queries, ax.yaxis, 0)):
+            ticks = _labels([prompt.tokens[p] if 0 <= p < len(prompt) else None for p in held])
+            axis.set_ticks([at for at, _ in ticks], [text for _, text in ticks], rotation=turn, fontsize=7)
+    return ax
+
+
+def ple_share(
+    cache: ActivationCache, prompt: Prompt | None = None, row: int = 0, ax: "Axes | None" = None
+) -> "Axes":
+    """How much of what each block writes comes from its per-layer embedding.
+
+    The share is |ple_out| / (|attn_out| + |mlp_out| + |ple_out|), Euclidean norms per position, then
+    the mean over positions; with a prompt a line for each modality, <bos> and padding left out.
+
+    Raises: CacheError: a contribution was not cached.
+    """
+    ax = _axes(ax, (6, 3))
+    shares = ple_shares(cache)[:, row]
+    positions = cache.positions(f"blocks.{cache.cfg.n_layers - 1}.hook_ple_out")[row].tolist()
+    kinds = ["text" if prompt is None else _modality(prompt.tokens[p]) if p >= 0 else "" for p in positions]
+    for kind, colour in MODALITIES.items():
+        here = [i for i, (k, p) in enumerate(zip(kinds, positions, strict=True)) if k == kind and p > 0]
+        if here:
+            label = "all positions" if prompt is None else kind
+            ax.plot(shares[:, here].mean(1).cpu(), "o-", color=colour, label=label, markersize=4)
+    _block_axis(ax, cache)
+    ax.set_ylim(0, None)
+    ax.set_ylabel("PLE's share of the write")
+    ax.legend(frameon=False)
+    return ax
+
+
+def ple_shares(cache: ActivationCache) -> Float[Tensor, "layer batch pos"]:
+    """The share that `ple_share` draws, per block and position. Raises: as `ple_share`."""
+    attn, mlp, ple = (cache.stack(name).float().norm(dim=-1) for name in ("attn_out", "mlp_out", "ple_out"))
+    return ple / (attn + mlp + ple).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def logit_attrs(
+    attrs: Float[Tensor, "part"] | Sequence[float],  # noqa: F821
+    labels: Sequence[str],
+    cache: ActivationCache,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Who writes a logit: bars by block, stacked by attention, MLP and per-layer embedding.
+
+    Args:
+        attrs: one attribution for each part, at one position of one prompt.
+        labels: the parts, as `cache.decompose_resid` names them; heads are added up by block.
+        cache: tells which blocks are global and where the horizon is.
+
+    Raises: InputError: as many labels as attributions are needed.
+    """
+    values = torch.as_tensor(attrs).detach().float().cpu()
+    if values.shape != (len(labels),):
+        raise InputError(f"attrs is {tuple(values.shape)}, expected one number for each of {len(labels)} labels")
+    ax = _axes(ax, (7, 3))
+    n = cache.cfg.n_layers
+    bars = {kind: torch.zeros(n + 1) for kind in COLOURS}
+    for value, label in zip(values, labels, strict=True):
+        kind, layer = _part(label)
+        bars[kind][layer + 1] += value
+    above, below = torch.zeros(n + 1), torch.zeros(n + 1)
+    for kind, heights in bars.items():
+        if (heights != 0).any():
+            base = torch.where(heights > 0, above, below)
+            ax.bar(range(-1, n), heights, bottom=base, color=COLOURS[kind], label=kind)
+            above, below = above + heights.clamp(min=0), below + heights.clamp(max=0)
+    _block_axis(ax, cache)
+    ax.axhline(0, color="black", linewidth=0.6)
+    ax.set_ylabel("logit")
+    ax.legend(frameon=False, ncols=4, fontsize=8)
+    return ax
+
+
+def _axes(ax: "Axes | None", size: tuple[float, float]) -> "Axes":
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=size, layout="constrained")[1]
+
+
+def _block_axis(ax: "Axes", cache: ActivationCache) -> None:
+    """Blocks across, the global ones in bold, and the horizon as a line."""
+    cfg = cache.cfg
+    ax.set_xlabel("block (global ones bold; dashed: the horizon)")
+    ax.set_xticks(range(cfg.n_layers), [str(i) for i in range(cfg.n_layers)], fontsize=8)
+    for layer, text in enumerate(ax.get_xticklabels()):
+        text.set_fontweight("bold" if cfg.is_global(layer) else "normal")
+    ax.axvline(cfg.horizon + 0.5, color="grey", linestyle="--", linewidth=0.8)
+
+
+def _modality(token: Token) -> str:
+    return token.modality if token.modality in MODALITIES else "text"
+
+
+def _labels(tokens: Sequence[Token | None]) -> list[tuple[float, str]]:
+    """Where a label goes and what it says: one for each token, one for each picture or sound."""
+
+    def run(entry: tuple[int, Token | None]) -> Any:
+        index, token = entry
+        soft = token is not None and token.modality in ("image", "audio")
+        return (token.modality, token.item) if soft and token is not None else index
+
+    labels = []
+    for _, group in groupby(enumerate(tokens), key=run):
+        members = list(group)
+        (first, token), last = members[0], members[-1][0]
+        if token is not None:
+            named = f"[{token.modality} {token.item}]" if len(members) > 1 else token.text
+            labels.append(((first + last) / 2, named.replace("\n", "\\n").replace("$", r"\$")))
+    return labels
+
+
+def _part(label: str) -> tuple[str, int]:
+    """Kind and block of a part: "3_mlp_out", "L3H0", "embed", "edit"."""
+    if label in ("embed", "edit"):
+        return label, -1
+    if label.startswith("L"):
+        return "attn", int(label[1:].split("H")[0])
+    layer, kind, _ = label.split("_")
+    return kind, int(layer)

@@ -1,0 +1,200 @@
+"""How fast is a forward pass, what do hooks and caches cost, beside transformers and TransformerLens.
+
+    python -m tests.benchmarks.forward [plain] [cache] [idle] [generate] [--rounds N]
+
+Random weights, the same in every model; float32, two threads; 12 blocks of width 512, six of which
+read the keys and values of others. Prints ratios of interleaved runs; asserts nothing.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+import g4lens
+from g4lens.hooks import HookPoint
+from tests.benchmarks.measure import extra_peak, ratio, setup
+from tests.parity.checkpoints import randomise
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+def theirs(attention: str = "sdpa"):
+    """The model of transformers, text only."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        num_hidden_layers=12,
+        layer_types=[LOCAL] * 4 + [GLOBAL, LOCAL] + [LOCAL] * 3 + [GLOBAL, LOCAL, GLOBAL],
+        num_kv_shared_layers=6,
+        hidden_size=512,
+        intermediate_size=2048,
+        use_double_wide_mlp=True,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        head_dim=64,
+        global_head_dim=128,
+        sliding_window=128,
+        vocab_size=8192,
+        vocab_size_per_layer_input=8192,
+        hidden_size_per_layer_input=64,
+        final_logit_softcapping=30.0,
+    )
+    model = Gemma4ForCausalLM._from_config(config, attn_implementation=attention)
+    randomise(model, seed=0)
+    return model.eval()
+
+
+def ids(batch: int, n: int) -> torch.Tensor:
+    """Random token ids."""
+    return torch.randint(3, 8192, (batch, n), generator=torch.Generator().manual_seed(n))
+
+
+def row(what: str, ours: float, other: float, relative: float, unit: str, target: str) -> None:
+    """One line of the report."""
+    print(f"{what:<66} {ours:>9.3g} {other:>9.3g} {unit:<4} {relative:>6.2f}x  {target}", flush=True)
+
+
+def plain(model, hf, rounds: int) -> None:
+    """Forward passes, with all logits and with those of the last position."""
+    for n, all_target, last_target in ((512, 1.05, 1.05), (4096, 0.8, 0.65), (16384, 0.55, None)):
+        x, few = ids(1, n), max(3, rounds * 512 // n)
+        got = ratio(lambda x=x: model(x), lambda x=x: hf(input_ids=x, use_cache=False).logits, few)
+        row(f"all logits, {n} tokens / transformers sdpa", *got, "s", f"<= {all_target}")
+        if last_target is None:
+            continue
+        last = ratio(
+            lambda x=x: model(x, read=-1),
+            lambda x=x: hf(input_ids=x, use_cache=False, logits_to_keep=1).logits,
+            few,
+        )
+        row(f"last logit, {n} tokens / transformers logits_to_keep=1", *last, "s", f"<= {last_target}")
+        own = ratio(lambda x=x: model(x, read=-1), lambda x=x: model(x), few)
+        row(f"last logit, {n} tokens / our all logits", *own, "s", "<= 0.4")
+
+
+def cache(model, hf, rounds: int) -> None:
+    """What caching costs in time and memory."""
+    x, names = ids(4, 512), "blocks.*.hook_resid_post"
+    got = ratio(lambda: model.run_with_cache(x, names), lambda: model(x), rounds)
+    row("12 resid_post cached, 4 x 512 / our plain forward", *got, "s", "<= 1.05")
+    mib = 2**20
+
+    def peaks(what, ours, other, target):
+        a, b = min(extra_peak(ours) for _ in range(3)) / mib, min(extra_peak(other) for _ in range(3)) / mib
+        row(what, a, b, a / b, "MiB", target)
+
+    def hf_plain():
+        return hf(input_ids=x, use_cache=False).logits
+
+    peaks("12 resid_post cached, 4 x 512, peak / transformers plain", lambda: model.run_with_cache(x, names), hf_plain, "<= 1.3")
+    peaks("plain forward, 4 x 512, peak / transformers plain", lambda: model(x), hf_plain, "")
+    bridge = transformer_lens(hf)
+    if bridge is not None:
+        peaks(
+            "default cache, 4 x 512, peak / TransformerLens full cache",
+            lambda: model.run_with_cache(x),
+            lambda: bridge.run_with_cache(x),
+            "<= 0.4",
+        )
+    long = ids(1, 4096)
+    eager = theirs("eager")
+    peaks(
+        "default cache, 4096 tokens, peak / transformers eager with outputs",
+        lambda: model.run_with_cache(long),
+        lambda: eager(
+            input_ids=long, use_cache=False, output_attentions=True, output_hidden_states=True
+        ),
+        "<= 0.4",
+    )
+
+
+def transformer_lens(hf):
+    """TransformerLens's bridge around the same weights, or None where it is not installed."""
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError:
+        print("TransformerLens is not installed (pip install -e '.[bench]'): its rows are left out")
+        return None
+    return TransformerBridge.boot_transformers("google/gemma-4-E2B", hf_model=hf, device="cpu")
+
+
+def idle(model, hf, rounds: int) -> None:
+    """What hook points cost that nothing hangs on: the same model with them replaced by nothing."""
+    x, call = ids(4, 512), HookPoint.__call__
+    bare = g4lens.Gemma4(model.cfg)
+    bare.load_state_dict(model.state_dict())
+    bare.requires_grad_(False)
+    for name in model.hook_points:
+        parent, _, child = name.rpartition(".")
+        owner = bare.get_submodule(parent)
+        del owner._modules[child]
+        object.__setattr__(owner, child, nothing)
+    for points in (x, ids(1, 64)):
+        got = ratio(lambda p=points: model(p), lambda p=points: bare(p), rounds)
+        row(f"idle hook points, {points.shape[0]} x {points.shape[1]} / none", *got, "s", "<= 1.02")
+    assert HookPoint.__call__ is call
+
+
+class _Nothing:
+    """In a hook point's place: the identity, which nothing can hang on."""
+
+    is_hung = False
+
+    def __call__(self, x, enforce=None):
+        return x
+
+
+nothing = _Nothing()
+
+
+def generate(model, hf, rounds: int) -> None:
+    """Tokens per second of greedy generation, the prompt's pass taken out."""
+    for n in (512, 4096):
+        x, new = ids(1, n), 64
+
+        def ours(count, x=x):
+            model.generate(x, max_new_tokens=count, stop_tokens=[])
+
+        def other(count, x=x):
+            hf.generate(
+                x, max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+
+        speeds = []
+        for fn in (ours, other):
+            fn(2)
+        for _ in range(max(3, rounds // 3)):
+            per_token = []
+            for fn in (ours, other):
+                from tests.benchmarks.measure import seconds
+
+                per_token.append((seconds(lambda fn=fn: fn(new)) - seconds(lambda fn=fn: fn(1))) / (new - 1))
+            speeds.append(per_token)
+        speeds.sort(key=lambda pair: pair[1] / pair[0])
+        mine, them = speeds[len(speeds) // 2]
+        row(f"greedy tokens per second after {n} / transformers", 1 / mine, 1 / them, them / mine, "1/s", ">= 1.0")
+
+
+PARTS = {"plain": plain, "cache": cache, "idle": idle, "generate": generate}
+
+
+def main() -> None:
+    """Run the parts named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    setup(threads=2)
+    hf = theirs()
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_pretrained(folder)
+        model = g4lens.load(Path(folder), device="cpu")
+        for part in args.parts or PARTS:
+            print(f"\n{part}: {PARTS[part].__doc__}")
+            PARTS[part](model, hf, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
