@@ -54,12 +54,16 @@ def explicit_attention(
     scores = hook_scores(attention_scores(q, k, mask), lambda x: _masked(x, mask, -torch.inf))
     pattern = attention_pattern(scores).to(v.dtype)
     pattern = hook_pattern(pattern, lambda x: _masked(x, mask, 0.0))
-    grouped = rearrange(pattern, "batch (kv group) query key -> batch kv group query key", kv=v.shape[2])
+    grouped = rearrange(
+        pattern, "batch (kv group) query key -> batch kv group query key", kv=v.shape[2]
+    )
     z = grouped @ rearrange(v, "batch key kv d -> batch kv 1 key d")
     return rearrange(z, "batch kv group query d -> batch query (kv group) d")
 
 
-def fused_attention(q: Queries, k: Keys, v: Keys, mask: Mask | None = None, causal: bool = False) -> Queries:
+def fused_attention(
+    q: Queries, k: Keys, v: Keys, mask: Mask | None = None, causal: bool = False
+) -> Queries:
     """The same, without ever holding a `[query, key]` matrix."""
     z = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -97,7 +101,10 @@ class Sight:
 
     def attend(self, q: Queries, k: Keys, v: Keys, keys: Rows, window: int) -> Queries:
         """Fused attention, by the cheapest kernel that the known positions allow."""
-        n, known = len(self.queries), self.queries.first is not None and self.queries.end == keys.end
+        n, known = (
+            len(self.queries),
+            self.queries.first is not None and self.queries.end == keys.end,
+        )
         if n > 2 * window and (known or keys is self.queries):
             return _windowed_attention(q, k, v, self.queries, keys, window)
         if not known:

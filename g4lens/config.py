@@ -76,7 +76,9 @@ class TextConfig:
             )
         for d_head in (self.d_head_local, self.d_head_global):
             _require_even("head_dim", d_head)
-        _require_divides("num_key_value_heads", self.n_kv_heads, "num_attention_heads", self.n_heads)
+        _require_divides(
+            "num_key_value_heads", self.n_kv_heads, "num_attention_heads", self.n_heads
+        )
 
     def is_global(self, layer: int) -> bool:
         """Does this block attend to every earlier position, not only to the window?"""
@@ -139,7 +141,9 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         if self.d_head % 4:
-            raise ConfigError(f"vision head_dim is {self.d_head}, expected a multiple of 4 (x and y halves)")
+            raise ConfigError(
+                f"vision head_dim is {self.d_head}, expected a multiple of 4 (x and y halves)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,13 +202,26 @@ class Gemma4Config(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("pad_id", "bos_id", "boi_id", "image_id", "eoi_id", "boa_id", "audio_id", "eoa_id"):
+        for field in (
+            "pad_id",
+            "bos_id",
+            "boi_id",
+            "image_id",
+            "eoi_id",
+            "boa_id",
+            "audio_id",
+            "eoa_id",
+        ):
             value = getattr(self, field)
             if value is not None and not 0 <= value < self.d_vocab:
-                raise ConfigError(f"{field} is {value}, expected an id below the vocabulary's {self.d_vocab}")
+                raise ConfigError(
+                    f"{field} is {value}, expected an id below the vocabulary's {self.d_vocab}"
+                )
         for tower, field in ((self.vision, "image_id"), (self.audio, "audio_id")):
             if tower is not None and getattr(self, field) is None:
-                raise ConfigError(f"{type(tower).__name__} is given but no {field} marks its soft tokens")
+                raise ConfigError(
+                    f"{type(tower).__name__} is given but no {field} marks its soft tokens"
+                )
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Gemma4Config":
@@ -222,7 +239,9 @@ class Gemma4Config(TextConfig):
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file, expected a checkpoint's config.json") from None
+            raise ConfigError(
+                f"{path}: no such file, expected a checkpoint's config.json"
+            ) from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(f"{path}: not readable as JSON ({error})") from None
         if not isinstance(raw, dict):
@@ -271,8 +290,16 @@ def _text_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         types[-1] = "full_attention"
     rope = raw.get("rope_parameters") or {}
     local, whole = rope.get("sliding_attention") or {}, rope.get("full_attention") or {}
-    _refuse(local.get("rope_type", "default") != "default", "rope_parameters of sliding_attention", local)
-    _refuse(whole.get("rope_type", "proportional") != "proportional", "rope_parameters of full_attention", whole)
+    _refuse(
+        local.get("rope_type", "default") != "default",
+        "rope_parameters of sliding_attention",
+        local,
+    )
+    _refuse(
+        whole.get("rope_type", "proportional") != "proportional",
+        "rope_parameters of full_attention",
+        whole,
+    )
     eos = raw.get("eos_token_id", 1)
     return {
         "n_layers": n_layers,
@@ -309,10 +336,15 @@ def _refuse_variants(raw: Mapping[str, Any]) -> None:
         _refuse(raw.get(field), field, raw.get(field))
     _refuse(not raw.get("tie_word_embeddings", True), "tie_word_embeddings", False)
     if not raw.get("hidden_size_per_layer_input"):
-        raise ConfigError("hidden_size_per_layer_input is 0 or absent: the E2B and E4B models have per-layer embeddings")
+        raise ConfigError(
+            "hidden_size_per_layer_input is 0 or absent: the E2B and E4B models have per-layer embeddings"
+        )
     activation = raw.get("hidden_activation", "gelu_pytorch_tanh")
     _refuse(activation != "gelu_pytorch_tanh", "hidden_activation", activation)
-    vocab, ple_vocab = raw.get("vocab_size"), raw.get("vocab_size_per_layer_input", raw.get("vocab_size"))
+    vocab, ple_vocab = (
+        raw.get("vocab_size"),
+        raw.get("vocab_size_per_layer_input", raw.get("vocab_size")),
+    )
     if vocab != ple_vocab:
         raise ConfigError(f"vocab_size_per_layer_input is {ple_vocab}, but vocab_size is {vocab}")
 
@@ -325,8 +357,16 @@ def _global_head_dim(raw: Mapping[str, Any], types: list[str]) -> int:
     whole = {i for i, kind in enumerate(types) if kind == "full_attention"}
     found = {int(layer): dict(values) for layer, values in per_layer.items()}
     widths = {values.pop("head_dim", None) for values in found.values()}
-    kv_heads = {values.pop("num_key_value_heads", raw.get("num_key_value_heads")) for values in found.values()}
-    if any(found.values()) or set(found) != whole or len(widths) != 1 or kv_heads != {raw.get("num_key_value_heads")}:
+    kv_heads = {
+        values.pop("num_key_value_heads", raw.get("num_key_value_heads"))
+        for values in found.values()
+    }
+    if (
+        any(found.values())
+        or set(found) != whole
+        or len(widths) != 1
+        or kv_heads != {raw.get("num_key_value_heads")}
+    ):
         raise ConfigError(
             "per_layer_config overrides more than one common head_dim of all full_attention layers: "
             f"found {dict(per_layer)}"
@@ -391,7 +431,9 @@ def _need(raw: Mapping[str, Any], field: str) -> Any:
 
 def _refuse(found: Any, field: str, value: Any) -> None:
     if found:
-        raise ConfigError(f"{field} is {value!r}: g4lens computes Gemma 4 E2B and E4B only, not this variant")
+        raise ConfigError(
+            f"{field} is {value!r}: g4lens computes Gemma 4 E2B and E4B only, not this variant"
+        )
 
 
 def _require_even(field: str, value: int) -> None:

@@ -20,7 +20,7 @@ from g4lens.inputs.prompt import Prompt
 from g4lens.state import State
 
 Logits = Float[Tensor, "batch d_vocab"]
-Tokens = Int[Tensor, "batch"]  # noqa: F821
+Tokens = Int[Tensor, "batch"]
 
 
 class Generator(Protocol):
@@ -81,7 +81,9 @@ class Sampler:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}, expected more than 0 and at most 1")
         if self.temperature == 0 and not self.top_k is self.top_p is self.seed is None:
-            raise InputError("top_k, top_p and seed change nothing at temperature 0: set a temperature")
+            raise InputError(
+                "top_k, top_p and seed change nothing at temperature 0: set a temperature"
+            )
 
     def generator(self) -> torch.Generator:
         """Random numbers, on the CPU so that a seed gives the same text on every device."""
@@ -145,7 +147,9 @@ def generate(
             if not row or row[-1] not in stops:
                 row.append(token)
     made = [_generation(model, batch, i, row, stops) for i, row in enumerate(rows)]
-    single = isinstance(inputs, str | Prompt) or len(made) == 1 and not isinstance(inputs, list | tuple)
+    single = (
+        isinstance(inputs, str | Prompt) or len(made) == 1 and not isinstance(inputs, list | tuple)
+    )
     return made[0] if single else made
 
 
@@ -169,12 +173,19 @@ def stream(
     sampler = Sampler(temperature, top_k, top_p, seed)
     batch, stops = _checked(model, inputs, max_new_tokens, stop_tokens)
     if len(batch.tokens) != 1 or model.processor is None:
-        raise InputError(f"stream takes one prompt and a model with tokenizer, found {len(batch.tokens)} prompts")
+        raise InputError(
+            f"stream takes one prompt and a model with tokenizer, found {len(batch.tokens)} prompts"
+        )
     return _pieces(model, batch, max_new_tokens, sampler, stops, chunk)
 
 
 def _pieces(
-    model: Generator, batch: Batch, n: int, sampler: Sampler, stops: frozenset[int], chunk: int | None
+    model: Generator,
+    batch: Batch,
+    n: int,
+    sampler: Sampler,
+    stops: frozenset[int],
+    chunk: int | None,
 ) -> Iterator[str]:
     decode, ids, said = model.processor.tokenizer.decode, list[int](), ""
     for (token,) in _steps(model, batch, n, sampler, stops, chunk):
@@ -188,7 +199,12 @@ def _pieces(
 
 
 def _steps(
-    model: Generator, batch: Batch, n: int, sampler: Sampler, stops: frozenset[int], chunk: int | None
+    model: Generator,
+    batch: Batch,
+    n: int,
+    sampler: Sampler,
+    stops: frozenset[int],
+    chunk: int | None,
 ) -> Iterator[list[int]]:
     """One token for each prompt at a time, until all have stopped."""
     random, done = sampler.generator(), [False] * len(batch.tokens)
@@ -221,11 +237,17 @@ def _checked(
             f"{longest} tokens and {max_new_tokens} new ones exceed the context of {cfg.n_ctx}"
         )
     if stop_tokens is None:
-        end_of_turn = {tokenizer.special[END_OF_TURN]} if tokenizer and END_OF_TURN in tokenizer.special else set()
+        end_of_turn = (
+            {tokenizer.special[END_OF_TURN]}
+            if tokenizer and END_OF_TURN in tokenizer.special
+            else set()
+        )
         return batch, frozenset(cfg.eos_ids) | end_of_turn
     if tokenizer is None and any(isinstance(token, str) for token in stop_tokens):
         raise InputError("stop_tokens holds texts, but this model has no tokenizer: give ids")
-    return batch, frozenset(tokenizer.id_of(t) if tokenizer and isinstance(t, str) else int(t) for t in stop_tokens)
+    return batch, frozenset(
+        tokenizer.id_of(t) if tokenizer and isinstance(t, str) else int(t) for t in stop_tokens
+    )
 
 
 END_OF_TURN = "<turn|>"

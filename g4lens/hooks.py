@@ -85,7 +85,9 @@ class Hook:
         wanted: Tensor | int = position
         if position < 0:
             if self.lengths is None:
-                raise HookError(f"{self.name}: a position in a tower counts from 0, found {position}")
+                raise HookError(
+                    f"{self.name}: a position in a tower counts from 0, found {position}"
+                )
             wanted = (self.lengths + position).to(held.device)[:, None]
         batch, row = torch.nonzero((held == wanted) & (held >= 0), as_tuple=True)
         return batch, row
@@ -157,7 +159,9 @@ class HookPoint(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         if self.is_hung:
-            raise HookError(f"{self.name} has hooks hung: copy or pickle the model outside the `with`")
+            raise HookError(
+                f"{self.name} has hooks hung: copy or pickle the model outside the `with`"
+            )
         return self.__dict__.copy()
 
 
@@ -272,7 +276,9 @@ def hang(
         _thread.hung = before
     for what, points in asked:
         if visited.isdisjoint(points) and _thread.n_runs > runs_before:
-            raise HookNameError(f"this run computed no activation of {what}, though the model has it")
+            raise HookNameError(
+                f"this run computed no activation of {what}, though the model has it"
+            )
 
 
 @contextmanager
@@ -304,7 +310,9 @@ def edited_points() -> list[HookPoint]:
 
 def _like(returned: Any, x: Tensor, hook: Hook) -> Tensor:
     if not isinstance(returned, Tensor):
-        raise HookError(f"{hook.name}: the hook returned a {type(returned).__name__}, expected a tensor or None")
+        raise HookError(
+            f"{hook.name}: the hook returned a {type(returned).__name__}, expected a tensor or None"
+        )
     for what, found, expected in (
         ("shape", tuple(returned.shape), tuple(x.shape)),
         ("dtype", returned.dtype, x.dtype),
@@ -329,9 +337,7 @@ def _on_gradient(fn: HookFn, hook: Hook) -> Callable[[Tensor], Tensor | None]:
     return on_gradient
 
 
-def asked_for(
-    model: HookedModule, names_filter: NamesFilter
-) -> list[tuple[str, set[HookPoint]]]:
+def asked_for(model: HookedModule, names_filter: NamesFilter) -> list[tuple[str, set[HookPoint]]]:
     """Each thing that a filter asks for, with its points: a run must compute one of them."""
     if callable(names_filter):
         return [("what the predicate names", set(model.matching(names_filter)))]

@@ -18,7 +18,13 @@ from g4lens.inputs.prompt import Prompt, Token
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = {"embed": "#000000", "attn": "#0072B2", "mlp": "#E69F00", "ple": "#009E73", "edit": "#CC79A7"}
+COLOURS = {
+    "embed": "#000000",
+    "attn": "#0072B2",
+    "mlp": "#E69F00",
+    "ple": "#009E73",
+    "edit": "#CC79A7",
+}
 MODALITIES = {"text": "#000000", "image": "#0072B2", "audio": "#E69F00"}
 
 
@@ -63,7 +69,9 @@ def pattern(
     if prompt is not None:
         for held, axis, turn in ((keys, ax.xaxis, 90), (queries, ax.yaxis, 0)):
             ticks = _labels([prompt.tokens[p] if 0 <= p < len(prompt) else None for p in held])
-            axis.set_ticks([at for at, _ in ticks], [text for _, text in ticks], rotation=turn, fontsize=7)
+            axis.set_ticks(
+                [at for at, _ in ticks], [text for _, text in ticks], rotation=turn, fontsize=7
+            )
     return ax
 
 
@@ -80,9 +88,14 @@ def ple_share(
     ax = _axes(ax, (6, 3))
     shares = ple_shares(cache)[:, row]
     positions = cache.positions(f"blocks.{cache.cfg.n_layers - 1}.hook_ple_out")[row].tolist()
-    kinds = ["text" if prompt is None else _modality(prompt.tokens[p]) if p >= 0 else "" for p in positions]
+    kinds = [
+        "text" if prompt is None else _modality(prompt.tokens[p]) if p >= 0 else ""
+        for p in positions
+    ]
     for kind, colour in MODALITIES.items():
-        here = [i for i, (k, p) in enumerate(zip(kinds, positions, strict=True)) if k == kind and p > 0]
+        here = [
+            i for i, (k, p) in enumerate(zip(kinds, positions, strict=True)) if k == kind and p > 0
+        ]
         if here:
             label = "all positions" if prompt is None else kind
             ax.plot(shares[:, here].mean(1).cpu(), "o-", color=colour, label=label, markersize=4)
@@ -95,12 +108,14 @@ def ple_share(
 
 def ple_shares(cache: ActivationCache) -> Float[Tensor, "layer batch pos"]:
     """The share that `ple_share` draws, per block and position. Raises: as `ple_share`."""
-    attn, mlp, ple = (cache.stack(name).float().norm(dim=-1) for name in ("attn_out", "mlp_out", "ple_out"))
+    attn, mlp, ple = (
+        cache.stack(name).float().norm(dim=-1) for name in ("attn_out", "mlp_out", "ple_out")
+    )
     return ple / (attn + mlp + ple).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def logit_attrs(
-    attrs: Float[Tensor, "part"] | Sequence[float],  # noqa: F821
+    attrs: Float[Tensor, "part"] | Sequence[float],
     labels: Sequence[str],
     cache: ActivationCache,
     ax: "Axes | None" = None,
@@ -116,7 +131,9 @@ def logit_attrs(
     """
     values = torch.as_tensor(attrs).detach().float().cpu()
     if values.shape != (len(labels),):
-        raise InputError(f"attrs is {tuple(values.shape)}, expected one number for each of {len(labels)} labels")
+        raise InputError(
+            f"attrs is {tuple(values.shape)}, expected one number for each of {len(labels)} labels"
+        )
     ax = _axes(ax, (7, 3))
     n = cache.cfg.n_layers
     bars = {kind: torch.zeros(n + 1) for kind in COLOURS}

@@ -69,7 +69,9 @@ class Rows:
 
     def slice(self, start: int, stop: int) -> "Rows":
         """The rows from index `start` up to `stop`."""
-        return Rows(self.positions[:, start:stop], None if self.first is None else self.first + start)
+        return Rows(
+            self.positions[:, start:stop], None if self.first is None else self.first + start
+        )
 
     def then(self, more: "Rows") -> "Rows":
         """These rows and, behind them, `more`."""
@@ -98,7 +100,7 @@ class KeyValues:
         """A container of its own for the same tensors."""
         return KeyValues(dict(self.keys), dict(self.values), dict(self.rows), self.keep)
 
-    def end(self) -> Int[Tensor, "batch"]:  # noqa: F821
+    def end(self) -> Int[Tensor, "batch"]:
         """One past the last position held, for each prompt."""
         positions = [rows.positions.amax(1) for rows in self.rows.values()]
         return torch.stack(positions).amax(0).cpu() + 1
@@ -151,7 +153,7 @@ class State:
     ple: Float[Tensor, "batch row layer d_ple"]
     kv: KeyValues
     rows: Rows
-    lengths: Int[Tensor, "batch"]  # noqa: F821
+    lengths: Int[Tensor, "batch"]
 
     def take(self, index: Int[Tensor, "batch read"]) -> "State":
         """The same with only the rows at these indices; keys and values are untouched."""
@@ -173,7 +175,7 @@ def take_rows(
     return x.gather(dim, index.to(x.device).reshape(shape).expand(full))
 
 
-def absolute(positions: Positions, lengths: Int[Tensor, "batch"]) -> Int[Tensor, "batch read"]:  # noqa: F821
+def absolute(positions: Positions, lengths: Int[Tensor, "batch"]) -> Int[Tensor, "batch read"]:
     """Positions counted over each prompt's own tokens, negative from its end, as they are counted from 0.
 
     Args:

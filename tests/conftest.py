@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from g4lens.config import AudioConfig, Gemma4Config, VisionConfig
+from g4lens.inputs.batch import Batch
 from g4lens.model.gemma4 import Gemma4
 
 IMAGE, AUDIO, BOI, EOI, BOA, EOA, VIDEO = range(90, 97)
@@ -49,7 +50,9 @@ def randomised(model: Gemma4, seed: int = 0) -> Gemma4:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, x in tensors.items():
         if name.endswith(("_min", "_max")):
-            x.copy_((1 + torch.rand(x.shape, generator=random)) * (1 if name.endswith("max") else -1))
+            x.copy_(
+                (1 + torch.rand(x.shape, generator=random)) * (1 if name.endswith("max") else -1)
+            )
         elif "embed.tokens" in name or "ple_tokens" in name:
             x.copy_(torch.randn(x.shape, generator=random) * x.shape[1] ** -0.5)
         elif x.ndim > 1:
@@ -77,6 +80,11 @@ def tokens() -> torch.Tensor:
     return torch.randint(3, 90, (2, 23), generator=torch.Generator().manual_seed(5))
 
 
+def unchecked(ids: torch.Tensor) -> Batch:
+    """Ids as a batch, whatever they are: a random model writes placeholders too."""
+    return Batch(ids, torch.arange(ids.shape[1]).expand_as(ids))
+
+
 def pictures(*grids: tuple[int, int], patch: int = 4) -> dict[str, torch.Tensor]:
     """Random pictures of so many columns and rows of soft tokens, padded to one number of patches."""
     random = torch.Generator().manual_seed(7)
@@ -101,5 +109,22 @@ def sounds(*n_frames: int, n_mels: int = 16) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def seen_and_heard() -> dict[str, torch.Tensor]:
     """One prompt with two pictures (2 and 4 soft tokens) and a sound (5 soft tokens) between words."""
-    ids = [2, 11, BOI, IMAGE, IMAGE, EOI, 12, BOA, *[AUDIO] * 5, EOA, 13, BOI, *[IMAGE] * 4, EOI, 14, 15]
+    ids = [
+        2,
+        11,
+        BOI,
+        IMAGE,
+        IMAGE,
+        EOI,
+        12,
+        BOA,
+        *[AUDIO] * 5,
+        EOA,
+        13,
+        BOI,
+        *[IMAGE] * 4,
+        EOI,
+        14,
+        15,
+    ]
     return {"input_ids": torch.tensor([ids]), **pictures((2, 1), (2, 2)), **sounds(18)}

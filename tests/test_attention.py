@@ -12,7 +12,11 @@ WINDOW = 8
 
 def qkv(batch, n_queries, n_keys, heads=4, kv_heads=2, d=16):
     random = torch.Generator().manual_seed(n_queries + n_keys)
-    shapes = (batch, n_queries, heads, d), (batch, n_keys, kv_heads, d), (batch, n_keys, kv_heads, d)
+    shapes = (
+        (batch, n_queries, heads, d),
+        (batch, n_keys, kv_heads, d),
+        (batch, n_keys, kv_heads, d),
+    )
     return (torch.randn(shape, generator=random) for shape in shapes)
 
 
@@ -37,9 +41,15 @@ def test_fused_equals_explicit(n_queries, n_keys, window):
     q, k, v = qkv(2, n_queries, n_keys)
     positions = torch.arange(n_keys).expand(2, -1)
     keys = Rows(positions, 0)
-    sight = Sight(keys if n_queries == n_keys else Rows(positions[:, n_keys - n_queries :], n_keys - n_queries))
+    sight = Sight(
+        keys
+        if n_queries == n_keys
+        else Rows(positions[:, n_keys - n_queries :], n_keys - n_queries)
+    )
     fused = sight.attend(q, k, v, keys, window)
-    torch.testing.assert_close(fused, explicit(q, k, v, sight.mask(keys, window)), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        fused, explicit(q, k, v, sight.mask(keys, window)), atol=2e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("window", [WINDOW, 30, 1000])
@@ -50,7 +60,9 @@ def test_padding_reaches_nothing_and_is_finite(window, side):
     padded = torch.cat([pad, real] if side == "left" else [real, pad])
     rows = Rows(torch.stack([torch.arange(40), padded]))
     fused = Sight(rows).attend(q, k, v, rows, window)
-    torch.testing.assert_close(fused, explicit(q, k, v, Sight(rows).mask(rows, window)), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        fused, explicit(q, k, v, Sight(rows).mask(rows, window)), atol=2e-6, rtol=1e-5
+    )
     assert (fused[1][padded < 0] == 0).all()
     alone = Rows(real[None], 0)
     where = padded >= 0

@@ -19,7 +19,10 @@ def test_default_names(model, cached):
     names = set(cache.keys())
     assert not any("pattern" in name or "scores" in name or "vision" in name for name in names)
     for layer in range(10):
-        assert f"blocks.{layer}.hook_resid_post" in cache and f"blocks.{layer}.attn.hook_rot_k" in cache
+        assert (
+            f"blocks.{layer}.hook_resid_post" in cache
+            and f"blocks.{layer}.attn.hook_rot_k" in cache
+        )
     assert all(torch.equal(value, cache[name]) for name, value in cache.items())
     assert len(cache) == len(names) == len(list(cache))
     readers_alias = cache["rot_k", 8].data_ptr() == cache["rot_k", 5].data_ptr()
@@ -38,18 +41,20 @@ def test_names_of_every_kind(model, seen_and_heard):
     for name, x in cache.items():
         axes = model.hook_points[name].axes
         assert x.ndim == len(axes), name
-        rows = next((i for i, axis in enumerate(axes) if axis in ("pos", "query_pos", "key_pos")), None)
+        rows = next(
+            (i for i, axis in enumerate(axes) if axis in ("pos", "query_pos", "key_pos")), None
+        )
         if rows is not None and "chunk" not in axes:
             assert cache.positions(name).shape == (x.shape[0], x.shape[rows]), name
 
 
 def test_wrong_names(cached):
     _, cache = cached
-    with pytest.raises(HookNameError, match="Did you mean 'blocks.3.hook_resid_post'"):
+    with pytest.raises(HookNameError, match=r"Did you mean 'blocks\.3\.hook_resid_post'"):
         cache["resid_pst", 3]
     with pytest.raises(HookNameError, match="Block 8 reads block 5's keys and values"):
         cache["k", 8]
-    with pytest.raises(CacheError, match="blocks.3.mlp.hook_post was not cached in this run"):
+    with pytest.raises(CacheError, match=r"blocks\.3\.mlp\.hook_post was not cached in this run"):
         cache["post", 3]
     assert cache.get("blocks.99.hook_resid_post") is None
 
@@ -61,7 +66,9 @@ def test_patterns_are_rebuilt(model, cached):
     _, explicit = model.run_with_cache(tokens, names)
     _, without = model.run_with_cache(tokens, "blocks.*.attn.hook_rot_?")
     for layer in range(10):
-        torch.testing.assert_close(without.pattern(layer), explicit["pattern", layer], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            without.pattern(layer), explicit["pattern", layer], atol=1e-4, rtol=0
+        )
         assert torch.equal(cache["pattern", layer], cache.pattern(layer))
         some = cache.pattern(layer, heads=[2, 0], queries=slice(-4, None))
         torch.testing.assert_close(some, cache.pattern(layer)[:, [2, 0], -4:], **CLOSE)
@@ -111,8 +118,12 @@ def test_edits_of_the_stream_are_a_part(model, tokens):
 def test_identity_of_every_block(model, cached):
     _, cache = cached
     for layer in range(10):
-        written = sum(cache[name, layer] for name in ("resid_pre", "attn_out", "mlp_out", "ple_out"))
-        torch.testing.assert_close(model.blocks[layer].scalar * written, cache["resid_post", layer], **CLOSE)
+        written = sum(
+            cache[name, layer] for name in ("resid_pre", "attn_out", "mlp_out", "ple_out")
+        )
+        torch.testing.assert_close(
+            model.blocks[layer].scalar * written, cache["resid_post", layer], **CLOSE
+        )
     halves = cache["hook_ple_token"] + cache["hook_ple_context"]
     torch.testing.assert_close(halves, cache["hook_ple"], **CLOSE)
 
@@ -131,8 +142,12 @@ def test_attributions_sum_to_the_logit(model, tokens, read):
     _, cache = model.run_with_cache(tokens, read=read)
     logits = pre_cap["hook_logits_pre_cap"]
     stack, _ = cache.decompose_resid(-1, heads=True)
-    torch.testing.assert_close(cache.logit_attrs(stack, 7).sum(0), logits[..., 7], atol=1e-4, rtol=0)
-    by_row = cache.logit_attrs(stack, torch.tensor([7, 8]), incorrect_tokens=torch.tensor([9, 7])).sum(0)
+    torch.testing.assert_close(
+        cache.logit_attrs(stack, 7).sum(0), logits[..., 7], atol=1e-4, rtol=0
+    )
+    by_row = cache.logit_attrs(
+        stack, torch.tensor([7, 8]), incorrect_tokens=torch.tensor([9, 7])
+    ).sum(0)
     expected = torch.stack([logits[0, :, 7] - logits[0, :, 9], logits[1, :, 8] - logits[1, :, 7]])
     torch.testing.assert_close(by_row, expected, atol=1e-4, rtol=0)
     with pytest.raises(CacheError, match=r"stack is \(\d+, 2, \d+\), expected \[part, 2"):
@@ -146,7 +161,9 @@ def test_positions_of_padded_and_read_runs(model, tokens):
     assert cache.positions("blocks.9.attn.hook_rot_k").shape == (2, 23)
     stack, _ = cache.decompose_resid(-1)
     torch.testing.assert_close(stack.sum(0), cache["resid_post", 9], **CLOSE)
-    with pytest.raises(InputError, match="position 5 of prompt 0 is not among the 2 positions held"):
+    with pytest.raises(
+        InputError, match="position 5 of prompt 0 is not among the 2 positions held"
+    ):
         cache.pattern(9, queries=5)
     with pytest.raises(InputError, match="position 40 is outside a prompt of 23 tokens"):
         cache.pattern(2, queries=40)
@@ -158,7 +175,9 @@ def test_chunks_leave_one_tensor(model, tokens):
     logits, cache = model.run_with_cache(tokens, names, chunk=6)
     torch.testing.assert_close(logits, whole_logits, atol=1e-3, rtol=0)
     for name, x in whole.items():
-        if "key_pos" in model.hook_points[name].axes and not model.cfg.owns_kv(int(name.split(".")[1])):
+        if "key_pos" in model.hook_points[name].axes and not model.cfg.owns_kv(
+            int(name.split(".")[1])
+        ):
             continue  # a reader holds the window it saw last
         if name.endswith(("hook_attn_scores", "hook_pattern")):
             continue
@@ -169,9 +188,15 @@ def test_chunks_leave_one_tensor(model, tokens):
 @pytest.mark.parametrize("layer", range(11))
 def test_entering_at_any_block_equals_the_full_run(model, tokens, layer):
     logits, cache = model.run_with_cache(tokens)
-    for state in (cache.state(layer), model(tokens, stop=layer), model(tokens, stop=layer, chunk=5)):
+    for state in (
+        cache.state(layer),
+        model(tokens, stop=layer),
+        model(tokens, stop=layer, chunk=5),
+    ):
         torch.testing.assert_close(model(state=state), logits, atol=1e-4, rtol=0)
-        torch.testing.assert_close(model(state=state, read=[-1, 2]), logits[:, [22, 2]], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            model(state=state, read=[-1, 2]), logits[:, [22, 2]], atol=1e-4, rtol=0
+        )
 
 
 def test_moving_each_activation_as_it_is_made(model, tokens):

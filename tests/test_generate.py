@@ -1,15 +1,19 @@
 """The sampling loop."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from g4lens.errors import InputError
 from g4lens.generate import Sampler
+from g4lens.inputs.batch import prepare
+from tests.conftest import unchecked
 
 
 def greedily(model, tokens, n):
     for _ in range(n):
-        tokens = torch.cat([tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)], dim=1)
+        tokens = torch.cat([tokens, model(unchecked(tokens))[:, -1].argmax(-1, keepdim=True)], dim=1)
     return tokens[:, -n:].tolist()
 
 
@@ -28,11 +32,11 @@ def test_unequal_prompts_give_what_each_gives_alone(model, tokens, chunk):
 
 def test_with_picture_and_sound(model, seen_and_heard):
     out = model.generate(seen_and_heard, max_new_tokens=5, stop_tokens=[])
-    ids = seen_and_heard["input_ids"]
+    batch = prepare(seen_and_heard, None, model.cfg)
     for token in out.tokens:
-        logits = model({**seen_and_heard, "input_ids": ids})
-        assert token == logits[0, -1].argmax()
-        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        assert token == model(batch)[0, -1].argmax()
+        ids = torch.cat([batch.tokens, torch.tensor([[token]])], dim=1)
+        batch = replace(batch, tokens=ids, positions=unchecked(ids).positions)
 
 
 def test_stop_tokens_end_each_row_by_itself(model, tokens):
@@ -53,7 +57,9 @@ def test_hooks_hold_while_generating(model, tokens):
     with model.hooks([("hook_logits", favour)]):
         steered = model.generate(tokens, max_new_tokens=4, stop_tokens=[])
     assert [o.tokens for o in steered] == [(42,) * 4] * 2
-    assert [o.tokens for o in model.generate(tokens, max_new_tokens=4, stop_tokens=[])] == [o.tokens for o in plain]
+    assert [o.tokens for o in model.generate(tokens, max_new_tokens=4, stop_tokens=[])] == [
+        o.tokens for o in plain
+    ]
 
 
 def test_sampling_follows_the_distribution():
@@ -65,8 +71,12 @@ def test_sampling_follows_the_distribution():
         return torch.bincount(drawn, minlength=4) / len(drawn)
 
     torch.testing.assert_close(shares(), torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03, rtol=0)
-    torch.testing.assert_close(shares(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0)
-    torch.testing.assert_close(shares(top_p=0.79), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(
+        shares(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0
+    )
+    torch.testing.assert_close(
+        shares(top_p=0.79), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0
+    )
     assert shares(top_p=0.4).tolist() == [1, 0, 0, 0]
     squared = torch.tensor([0.5, 0.3, 0.15, 0.05]) ** 2
     torch.testing.assert_close(shares(temperature=0.5), squared / squared.sum(), atol=0.03, rtol=0)
@@ -74,7 +84,9 @@ def test_sampling_follows_the_distribution():
 
 def test_a_seed_repeats(model, tokens):
     def run(seed):
-        return [o.tokens for o in model.generate(tokens, max_new_tokens=8, temperature=2.0, seed=seed)]
+        return [
+            o.tokens for o in model.generate(tokens, max_new_tokens=8, temperature=2.0, seed=seed)
+        ]
 
     assert run(1) == run(1) != run(2)
 

@@ -48,14 +48,18 @@ def test_gradients_equal_finite_differences(model, seen_and_heard):
 
         with torch.no_grad():
             numeric = (value(1) - value(-1)) / (2 * step)
-        torch.testing.assert_close((grads[name] * direction).sum(), numeric, atol=1e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(
+            (grads[name] * direction).sum(), numeric, atol=1e-5, rtol=1e-4, msg=name
+        )
 
 
 def test_gradients_belong_to_the_value_after_edits(model, tokens):
     name = "blocks.2.hook_resid_post"
     plain = model.run_with_grads(tokens, objective, name).grads[name]
     with model.hooks([(name, lambda x, hook: x * 2)]):
-        _, cache, grads = model.run_with_grads(tokens, objective, [name, "blocks.1.hook_resid_post"])
+        _, cache, grads = model.run_with_grads(
+            tokens, objective, [name, "blocks.1.hook_resid_post"]
+        )
     twice = model.run_with_cache(tokens, name)[1][name] * 2
     assert torch.equal(cache[name], twice)
     assert not torch.allclose(grads[name], plain)
@@ -63,7 +67,9 @@ def test_gradients_belong_to_the_value_after_edits(model, tokens):
 
 
 def test_an_objective_must_be_a_scalar(model, tokens):
-    with pytest.raises(InputError, match=r"the objective returned \(2, 23, 100\), expected a tensor of one"):
+    with pytest.raises(
+        InputError, match=r"the objective returned \(2, 23, 100\), expected a tensor of one"
+    ):
         model.run_with_grads(tokens, lambda logits: logits)
     with pytest.raises(InputError, match="the objective returned float"):
         model.run_with_grads(tokens, lambda logits: logits.sum().item())

@@ -3,12 +3,14 @@
 import copy
 import pickle
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
 
 from g4lens.errors import HookError, HookNameError
 from g4lens.hooks import Hook
+from tests.conftest import unchecked
 
 EDITED = [
     "hook_embed",
@@ -99,7 +101,7 @@ def test_generating_sees_the_same_edit(model, tokens, name):
     with model.hooks([*hooks, ("hook_logits", lambda x, hook: logits.append(x[:, -1]))]):
         out = model.generate(tokens, max_new_tokens=6, stop_tokens=[])
     text = torch.cat([tokens, torch.tensor([o.tokens for o in out])], dim=1)
-    full = model.run_with_hooks(text, fwd_hooks=hooks)
+    full = model.run_with_hooks(unchecked(text), fwd_hooks=hooks)
     torch.testing.assert_close(torch.stack(logits, 1), full[:, 22:-1], atol=2e-3, rtol=0)
 
 
@@ -153,7 +155,7 @@ def test_an_owners_edit_happens_once_while_generating(model, tokens):
     assert seen[0][1] == list(range(23))
     assert [rows for _, rows in seen[1:]] == [[p] for p in range(23, 30)]
     window = model.cfg.sliding_window
-    for before, after in zip(kept, kept[1:], strict=False):
+    for before, after in pairwise(kept):
         assert torch.equal(after[:, -window:-1], before[:, -(window - 1) :])
 
 
@@ -190,7 +192,9 @@ def test_horizon_is_exact(model, tokens):
 
     others = [p for p in range(23) if p != 10]
     for layer in range(cfg.n_layers):
-        names = ["hook_resid_post"] + (["attn.hook_q", "attn.hook_z", "hook_attn_out"] if layer == cfg.horizon else [])
+        names = ["hook_resid_post"] + (
+            ["attn.hook_q", "attn.hook_z", "hook_attn_out"] if layer == cfg.horizon else []
+        )
         for name in names:
             changed = model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.{name}", noise)])
             moved = (changed - plain)[:, others].abs().max()
@@ -222,7 +226,9 @@ def test_nothing_is_left_after_the_block_or_an_error(model, tokens):
 )
 def test_a_wrong_return_value_names_itself(model, tokens, returned, says):
     with pytest.raises(HookError, match=says):
-        model.run_with_hooks(tokens, fwd_hooks=[("blocks.3.attn.hook_z", lambda x, hook: returned(x))])
+        model.run_with_hooks(
+            tokens, fwd_hooks=[("blocks.3.attn.hook_z", lambda x, hook: returned(x))]
+        )
 
 
 @pytest.mark.parametrize(
@@ -230,7 +236,10 @@ def test_a_wrong_return_value_names_itself(model, tokens, returned, says):
     [
         ("blocks.3.attn.hook_patern", "Did you mean 'blocks.3.attn.hook_pattern'"),
         ("blocks.*.hook_resid_pst", "no hook point matches"),
-        ("blocks.8.attn.hook_k", r"Block 8 reads block 5's keys and values: use 'blocks.5.attn.hook_k'"),
+        (
+            "blocks.8.attn.hook_k",
+            r"Block 8 reads block 5's keys and values: use 'blocks.5.attn.hook_k'",
+        ),
         (lambda name: False, "the predicate is true of no hook point"),
         ([], "empty list"),
     ],
@@ -247,7 +256,9 @@ def test_points_that_a_run_does_not_compute(model, tokens):
         lambda: model.run_with_cache(tokens, "audio.*"),
         lambda: model.run_with_cache(tokens, "blocks.5.hook_resid_pre", stop=5),
         lambda: model.run_with_hooks(tokens, fwd_hooks=[("vision.*", lambda x, hook: None)]),
-        lambda: model.run_with_cache(state=model(tokens, stop=4), names_filter=["blocks.3.*", "blocks.5.*"]),
+        lambda: model.run_with_cache(
+            state=model(tokens, stop=4), names_filter=["blocks.3.*", "blocks.5.*"]
+        ),
     ):
         with pytest.raises(HookNameError, match="computed no activation of"):
             run()

@@ -57,7 +57,7 @@ class Batch:
         return bool((self.positions < 0).any())
 
     @property
-    def lengths(self) -> Int[Tensor, "batch"]:  # noqa: F821
+    def lengths(self) -> Int[Tensor, "batch"]:
         """The number of tokens of each prompt."""
         return (self.positions >= 0).sum(1)
 
@@ -81,7 +81,9 @@ def prepare(inputs: Any, processor: Processor | None, cfg: Gemma4Config) -> Batc
     elif isinstance(inputs, Tensor) and inputs.ndim == 2:
         batch = Batch(*_tokens(inputs, None, cfg))
     else:
-        rows = list(inputs) if isinstance(inputs, list | tuple) and not _are_ids(inputs) else [inputs]
+        rows = (
+            list(inputs) if isinstance(inputs, list | tuple) and not _are_ids(inputs) else [inputs]
+        )
         batch = _of_rows(rows, processor, cfg)
     _check_soft_tokens(batch, cfg)
     return batch
@@ -100,7 +102,9 @@ def _of_rows(rows: Sequence[Any], processor: Processor | None, cfg: Gemma4Config
     for row in rows:
         if isinstance(row, str):
             if processor is None:
-                raise InputError(f"text {row[:40]!r}, but this model has no tokenizer: give ids [batch, pos]")
+                raise InputError(
+                    f"text {row[:40]!r}, but this model has no tokenizer: give ids [batch, pos]"
+                )
             row = processor.prompt(row)
         if isinstance(row, Prompt):
             prompts.append(row)
@@ -148,7 +152,10 @@ def _of_mapping(inputs: Mapping[str, Any], cfg: Gemma4Config) -> Batch:
     given = {key: _tensor(key, value) for key, value in inputs.items() if value is not None}
     if "input_ids" not in given:
         raise InputError(f"inputs hold {listed(map(repr, given))} but no 'input_ids'")
-    for one, other in (("pixel_values", "image_position_ids"), ("input_features", "input_features_mask")):
+    for one, other in (
+        ("pixel_values", "image_position_ids"),
+        ("input_features", "input_features_mask"),
+    ):
         if (one in given) != (other in given):
             raise InputError(f"inputs need both {one!r} and {other!r}, or neither")
     tokens, positions = _tokens(given["input_ids"], given.get("attention_mask"), cfg)
@@ -162,7 +169,11 @@ def _of_mapping(inputs: Mapping[str, Any], cfg: Gemma4Config) -> Batch:
         given.get("input_features"),
         None if mask is None else mask.bool(),
     )
-    if "num_soft_tokens_per_image" in given and batch.patch_positions is not None and cfg.vision is not None:
+    if (
+        "num_soft_tokens_per_image" in given
+        and batch.patch_positions is not None
+        and cfg.vision is not None
+    ):
         said, found = given["num_soft_tokens_per_image"].tolist(), _image_counts(batch, cfg)
         if said != found:
             raise InputError(f"num_soft_tokens_per_image is {said}, but the pictures make {found}")
@@ -179,13 +190,17 @@ def _tensor(key: str, value: Any) -> Tensor:
 def _tokens(ids: Tensor, mask: Tensor | None, cfg: Gemma4Config) -> tuple[Tensor, Tensor]:
     """Checked ids, and their positions under an attention mask that leaves no holes."""
     if ids.ndim != 2 or 0 in ids.shape:
-        raise InputError(f"token ids are {tuple(ids.shape)}, expected [batch, pos] with at least one token")
+        raise InputError(
+            f"token ids are {tuple(ids.shape)}, expected [batch, pos] with at least one token"
+        )
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise InputError(f"token ids are {ids.dtype}, expected integers")
     ids = ids.to("cpu", torch.int64)
     mask = torch.ones_like(ids) if mask is None else mask.to(torch.int64)
     if mask.shape != ids.shape:
-        raise InputError(f"attention_mask is {tuple(mask.shape)}, but the ids are {tuple(ids.shape)}")
+        raise InputError(
+            f"attention_mask is {tuple(mask.shape)}, but the ids are {tuple(ids.shape)}"
+        )
     if not ((mask == 0) | (mask == 1)).all():
         raise InputError("attention_mask holds other values than 0 and 1")
     if not (mask.sum(1) > 0).all():
@@ -197,7 +212,9 @@ def _tokens(ids: Tensor, mask: Tensor | None, cfg: Gemma4Config) -> tuple[Tensor
         bad = real[(real < 0) | (real >= cfg.d_vocab)][0]
         raise InputError(f"token id {int(bad)} is outside the vocabulary: 0 to {cfg.d_vocab - 1}")
     if (longest := int(mask.sum(1).max())) > cfg.n_ctx:
-        raise InputError(f"a prompt of {longest:,} tokens is longer than the context of {cfg.n_ctx:,}")
+        raise InputError(
+            f"a prompt of {longest:,} tokens is longer than the context of {cfg.n_ctx:,}"
+        )
     positions = torch.where(mask.bool(), mask.cumsum(1) - 1, -1)
     return ids.masked_fill(mask == 0, cfg.pad_id), positions
 
@@ -207,17 +224,23 @@ def _check_types(given: Mapping[str, Tensor], tokens: Tensor, cfg: Gemma4Config)
     if (kinds := given.get("mm_token_type_ids")) is None:
         return
     if kinds.shape != tokens.shape:
-        raise InputError(f"mm_token_type_ids is {tuple(kinds.shape)}, but the ids are {tuple(tokens.shape)}")
+        raise InputError(
+            f"mm_token_type_ids is {tuple(kinds.shape)}, but the ids are {tuple(tokens.shape)}"
+        )
     for kind, id_ in ((1, cfg.image_id), (3, cfg.audio_id)):
         marked = kinds == kind
         if not torch.equal(marked, tokens == id_ if id_ is not None else torch.zeros_like(marked)):
-            raise InputError(f"mm_token_type_ids marks other tokens with {kind} than the placeholders {id_}")
+            raise InputError(
+                f"mm_token_type_ids marks other tokens with {kind} than the placeholders {id_}"
+            )
 
 
 def _check_soft_tokens(batch: Batch, cfg: Gemma4Config) -> None:
     """As many placeholders as soft tokens, prompt by prompt, and a tower for each."""
     if cfg.video_id is not None and (batch.tokens == cfg.video_id).any():
-        raise InputError(f"the prompt holds the video placeholder {cfg.video_id}: g4lens takes no videos")
+        raise InputError(
+            f"the prompt holds the video placeholder {cfg.video_id}: g4lens takes no videos"
+        )
     for kind, id_, tower, given, counts in (
         ("image", cfg.image_id, cfg.vision, batch.pixels, _image_counts),
         ("audio", cfg.audio_id, cfg.audio, batch.mel, _sound_counts),
@@ -227,14 +250,18 @@ def _check_soft_tokens(batch: Batch, cfg: Gemma4Config) -> None:
         made = [] if given is None else counts(batch, cfg)
         found = [] if id_ is None else (batch.tokens == id_).sum(1).tolist()
         if sum(found) != sum(made):
-            raise InputError(f"{sum(found)} {kind} placeholders, but the inputs make {sum(made)} soft tokens {made}")
+            raise InputError(
+                f"{sum(found)} {kind} placeholders, but the inputs make {sum(made)} soft tokens {made}"
+            )
         ends, end = set(), 0
         for count in (0, *made):
             ends.add(end := end + count)
         end = 0
         for row, count in enumerate(found):
             if (end := end + count) not in ends:
-                raise InputError(f"prompt {row} has {count} {kind} placeholders, which no whole {kind}s of {made} fill")
+                raise InputError(
+                    f"prompt {row} has {count} {kind} placeholders, which no whole {kind}s of {made} fill"
+                )
 
 
 def _image_counts(batch: Batch, cfg: Gemma4Config) -> list[int]:
@@ -242,7 +269,11 @@ def _image_counts(batch: Batch, cfg: Gemma4Config) -> list[int]:
     pixels, positions, vision = batch.pixels, batch.patch_positions, cfg.vision
     if pixels is None or positions is None or vision is None:
         return []
-    if pixels.ndim != 3 or pixels.shape[2] != vision.d_patch or positions.shape != (*pixels.shape[:2], 2):
+    if (
+        pixels.ndim != 3
+        or pixels.shape[2] != vision.d_patch
+        or positions.shape != (*pixels.shape[:2], 2)
+    ):
         raise InputError(
             f"pixel_values are {tuple(pixels.shape)} and image_position_ids {tuple(positions.shape)}, "
             f"expected [image, patch, {vision.d_patch}] and [image, patch, 2]"
@@ -250,7 +281,9 @@ def _image_counts(batch: Batch, cfg: Gemma4Config) -> list[int]:
     if not pixels.isfinite().all():
         raise InputError("pixel_values hold NaN or infinity")
     if (positions >= vision.n_positions).any() or (positions < -1).any():
-        raise InputError(f"image_position_ids go beyond the tower's {vision.n_positions} columns and rows")
+        raise InputError(
+            f"image_position_ids go beyond the tower's {vision.n_positions} columns and rows"
+        )
     counts, side = (positions[..., 0] >= 0).sum(1), vision.pooling
     grids = positions.amax(1) + 1
     if (grids % side).any() or (grids.prod(1) != counts).any() or pixels.shape[1] % side**2:

@@ -52,7 +52,9 @@ class Processor:
 
         Raises: InputError: another number.
         """
-        return replace(self, image_settings=replace(self.image_settings, max_soft_tokens=max_soft_tokens))
+        return replace(
+            self, image_settings=replace(self.image_settings, max_soft_tokens=max_soft_tokens)
+        )
 
     def prompt(self, *parts: Any) -> Prompt:
         """Text, `Image`s and `Audio`s in the order given, behind exactly one <bos>.
@@ -78,9 +80,13 @@ class Processor:
                 sounds.append(self._frames(part))
                 ids += self._sound_ids(sounds[-1])
             else:
-                raise InputError(f"prompt: found a {type(part).__name__}, expected str, Image or Audio")
+                raise InputError(
+                    f"prompt: found a {type(part).__name__}, expected str, Image or Audio"
+                )
         bos = self.cfg.bos_id
-        return build(ids if ids[:1] == [bos] else [bos, *ids], self.tokenizer, self.cfg, images, sounds)
+        return build(
+            ids if ids[:1] == [bos] else [bos, *ids], self.tokenizer, self.cfg, images, sounds
+        )
 
     def chat(
         self,
@@ -105,7 +111,11 @@ class Processor:
             raise InputError("this checkpoint has no chat_template.jinja: use prompt(...)")
         media: list[Image | Audio] = []
         plain = [self._plain(i, message, media) for i, message in enumerate(messages)]
-        special = {"bos_token": self.cfg.bos_id, "eos_token": self.cfg.eos_ids[0], "pad_token": self.cfg.pad_id}
+        special = {
+            "bos_token": self.cfg.bos_id,
+            "eos_token": self.cfg.eos_ids[0],
+            "pad_token": self.cfg.pad_id,
+        }
         text = render(
             self.chat_template,
             plain,
@@ -132,7 +142,9 @@ class Processor:
                 whole.append(id_)
                 continue
             if not queue or not isinstance(queue[0], kind):
-                raise InputError("the chat template moved or dropped a picture or sound of the messages")
+                raise InputError(
+                    "the chat template moved or dropped a picture or sound of the messages"
+                )
             item = queue.pop(0)
             if isinstance(item, Image):
                 images.append(self._patches(item))
@@ -141,13 +153,19 @@ class Processor:
                 sounds.append(self._frames(item))
                 whole += self._sound_ids(sounds[-1])
         if queue:
-            raise InputError(f"the chat template left out {len(queue)} pictures or sounds of the messages")
+            raise InputError(
+                f"the chat template left out {len(queue)} pictures or sounds of the messages"
+            )
         return build(whole, self.tokenizer, self.cfg, images, sounds)
 
-    def _plain(self, index: int, message: Mapping[str, Any], media: list[Image | Audio]) -> Mapping[str, Any]:
+    def _plain(
+        self, index: int, message: Mapping[str, Any], media: list[Image | Audio]
+    ) -> Mapping[str, Any]:
         """A message as templates expect it; its pictures and sounds are collected in order."""
         if not isinstance(message, Mapping):
-            raise InputError(f"message {index} is a {type(message).__name__}, expected a mapping with role and content")
+            raise InputError(
+                f"message {index} is a {type(message).__name__}, expected a mapping with role and content"
+            )
         content = message.get("content")
         where, model = f"message {index}", message.get("role") in ("assistant", "model")
         if isinstance(content, str):
@@ -158,7 +176,9 @@ class Processor:
         parts = [self._plain_part(part, where, model, media) for part in content]
         return {**message, "content": parts}
 
-    def _plain_part(self, part: Any, where: str, model: bool, media: list[Image | Audio]) -> dict[str, Any]:
+    def _plain_part(
+        self, part: Any, where: str, model: bool, media: list[Image | Audio]
+    ) -> dict[str, Any]:
         if isinstance(part, str):
             part = {"type": "text", "text": part}
         elif isinstance(part, Image):
@@ -190,15 +210,21 @@ class Processor:
         return mel_frames(sound, self.sound_settings)
 
     def _image_ids(self, image: ImagePatches) -> list[int]:
-        return _known([self.cfg.boi_id, *[self.cfg.image_id] * image.n_soft_tokens, self.cfg.eoi_id])
+        return _known(
+            [self.cfg.boi_id, *[self.cfg.image_id] * image.n_soft_tokens, self.cfg.eoi_id]
+        )
 
     def _sound_ids(self, sound: MelFrames) -> list[int]:
-        return _known([self.cfg.boa_id, *[self.cfg.audio_id] * sound.n_soft_tokens, self.cfg.eoa_id])
+        return _known(
+            [self.cfg.boa_id, *[self.cfg.audio_id] * sound.n_soft_tokens, self.cfg.eoa_id]
+        )
 
     def _refuse_placeholders(self, text: str, where: str) -> None:
         for id_, kind in ((self.cfg.image_id, "Image"), (self.cfg.audio_id, "Audio")):
             if id_ is not None and (written := self.tokenizer.token_text(id_)) in text:
-                raise InputError(f"{where} holds the placeholder {written!r}: give an {kind} in its place")
+                raise InputError(
+                    f"{where} holds the placeholder {written!r}: give an {kind} in its place"
+                )
 
     def _refuse_structure(self, text: Any, where: str, model: bool) -> None:
         """No text of a message may open or close turns; only the model's may hold thoughts and calls."""

@@ -59,7 +59,7 @@ class Prompt:
     sounds: tuple[MelFrames, ...] = ()
 
     @cached_property
-    def ids(self) -> Int[Tensor, "pos"]:  # noqa: F821
+    def ids(self) -> Int[Tensor, "pos"]:
         """The tokens' ids."""
         return torch.tensor([token.id for token in self.tokens], dtype=torch.int64)
 
@@ -81,7 +81,9 @@ class Prompt:
                 parts.append(f"[image {item}: {rows} x {columns} soft tokens]")
             elif modality == "audio" and item is not None:
                 sound = self.sounds[item]
-                parts.append(f"[audio {item}: {sound.seconds:.2f} s, {sound.n_soft_tokens} soft tokens]")
+                parts.append(
+                    f"[audio {item}: {sound.seconds:.2f} s, {sound.n_soft_tokens} soft tokens]"
+                )
             else:
                 parts += [token.text for token in group]
         return parts
@@ -126,9 +128,14 @@ def build(
     special = set(tokenizer.special.values())
     image_places = _places(images)
     sound_places = _places(sounds)
-    for name, id_, places in (("image", cfg.image_id, image_places), ("audio", cfg.audio_id, sound_places)):
+    for name, id_, places in (
+        ("image", cfg.image_id, image_places),
+        ("audio", cfg.audio_id, sound_places),
+    ):
         if (found := sum(i == id_ for i in ids)) != len(places):
-            raise InputError(f"{found} {name} placeholders, but the prompt's {name}s make {len(places)} soft tokens")
+            raise InputError(
+                f"{found} {name} placeholders, but the prompt's {name}s make {len(places)} soft tokens"
+            )
     seen, heard = iter(image_places), iter(sound_places)
     tokens = []
     for index, (id_, text, role) in enumerate(zip(ids, texts, roles(texts), strict=True)):

@@ -115,7 +115,9 @@ class ChunkedAttention(nn.Module):
         """
         cfg = self.cfg
         distances = torch.arange(cfg.n_keys // 2, -1, -1, device=q.device)
-        by_head = self.distance_proj(_sinusoids(distances, cfg.d_model).to(self.distance_proj.weight.dtype))
+        by_head = self.distance_proj(
+            _sinusoids(distances, cfg.d_model).to(self.distance_proj.weight.dtype)
+        )
         by_head = by_head.unflatten(-1, (cfg.n_heads, cfg.d_head)).to(q.dtype)
         scores = torch.einsum("bcqhd,khd->bhcqk", q, by_head)
         padded = F.pad(scores, (0, cfg.n_keys + 1 - len(distances))).flatten(-2)
@@ -148,7 +150,9 @@ class LightConvolution(nn.Module):
         self.ln1, self.ln_conv = (RMSNorm(cfg.d_model, RESID, eps=cfg.eps) for _ in range(2))
         self.in_proj = linear(cfg.d_model, 2 * cfg.d_model, cfg.clipped)
         self.out_proj = linear(cfg.d_model, cfg.d_model, cfg.clipped)
-        self.conv = nn.Conv1d(cfg.d_model, cfg.d_model, cfg.conv_kernel, groups=cfg.d_model, bias=False)
+        self.conv = nn.Conv1d(
+            cfg.d_model, cfg.d_model, cfg.conv_kernel, groups=cfg.d_model, bias=False
+        )
         self.hook_pre = HookPoint(RESID)
         self.hook_post = HookPoint(RESID)
 
@@ -167,7 +171,9 @@ class AudioBlock(nn.Module):
         self.cfg = cfg
         self.ffn1, self.ffn2 = FeedForward(cfg), FeedForward(cfg)
         self.attn, self.conv = ChunkedAttention(cfg), LightConvolution(cfg)
-        self.ln1, self.ln1_post, self.ln_out = (RMSNorm(cfg.d_model, RESID, eps=1e-6) for _ in range(3))
+        self.ln1, self.ln1_post, self.ln_out = (
+            RMSNorm(cfg.d_model, RESID, eps=1e-6) for _ in range(3)
+        )
         self.hook_resid_pre = HookPoint(RESID)
         self.hook_ffn1_out = HookPoint(RESID)
         self.hook_resid_mid = HookPoint(RESID)
@@ -230,7 +236,9 @@ class AudioTower(nn.Module):
         cfg = self.cfg
         query = torch.arange(cfg.chunk, device=valid.device)[:, None] + cfg.n_left - 1
         distance = query - torch.arange(cfg.n_keys, device=valid.device)
-        near = (distance >= 0) & (distance < cfg.n_left - 1) | (distance < 0) & (-distance < cfg.n_right)
+        near = (distance >= 0) & (distance < cfg.n_left - 1) | (distance < 0) & (
+            -distance < cfg.n_right
+        )
         return near & windows(valid, cfg, False)[:, None, :, None, :]
 
 
@@ -250,6 +258,8 @@ def clamped(x: Tensor, cfg: AudioConfig) -> Tensor:
 def _sinusoids(distances: Tensor, d: int) -> Float[Tensor, "distance d"]:
     """Sines, then cosines, of the distance at wavelengths growing from 2 pi to 10,000 times that."""
     n = d // 2
-    rates = torch.exp(torch.arange(n, device=distances.device) * -(math.log(10_000.0) / max(n - 1, 1)))
+    rates = torch.exp(
+        torch.arange(n, device=distances.device) * -(math.log(10_000.0) / max(n - 1, 1))
+    )
     time = distances[:, None] * rates
     return torch.cat([time.sin(), time.cos()], dim=-1)

@@ -8,20 +8,18 @@ Source: `Gemma4Model` in transformers' `models/gemma4/modeling_gemma4.py`.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from g4lens.cache import ActivationCache
 from g4lens.config import Gemma4Config
 from g4lens.errors import InputError
 from g4lens.generate import generate, stream
-from g4lens.hooks import HookPoint, Hung, NamesFilter, asked_for, at_rows, edited_points, hang, running
+from g4lens.hooks import HookPoint, at_rows, running
 from g4lens.inputs.batch import Batch, prepare
 from g4lens.inputs.processor import Processor
 from g4lens.inputs.prompt import Prompt
@@ -29,36 +27,13 @@ from g4lens.model.audio import AudioTower
 from g4lens.model.text import Read, TextModel
 from g4lens.model.vision import VisionTower
 from g4lens.state import KeyValues, Positions, Rows, State, absolute
+from g4lens.watch import Watched
 
 Inputs = str | Tensor | Prompt | Batch | Mapping[str, Any] | Sequence[Any]
 Soft = Sequence[tuple[Tensor, Tensor]]
 
-STREAMS = ("resid_pre", "resid_mid", "resid_pre_ple", "resid_post", "attn_out", "mlp_out", "ple_out")
-CACHED_BY_DEFAULT = (
-    "hook_embed",
-    "hook_ple*",
-    *(f"blocks.*.hook_{name}" for name in STREAMS),
-    "blocks.*.attn.hook_rot_?",
-    "blocks.*.attn.hook_norm_v",
-    "blocks.*.attn.hook_z",
-)
 
-
-class WithGrads(NamedTuple):
-    """What `run_with_grads` returns.
-
-    Attributes:
-        value: the objective, detached.
-        cache: the activations that went on.
-        grads: the gradient of the objective by each of them, under the same names.
-    """
-
-    value: Tensor
-    cache: ActivationCache
-    grads: ActivationCache
-
-
-class Gemma4(TextModel):
+class Gemma4(TextModel, Watched):
     """A Gemma 4 model of which every activation can be read, replaced and differentiated.
 
     Args:
@@ -123,8 +98,10 @@ class Gemma4(TextModel):
                 out = self._run_batch(batch, index, stop, past, chunk)
             else:
                 held = state.rows.positions
-                index = None if read is None else state.rows.find(
-                    absolute(read, state.lengths).to(held.device)
+                index = (
+                    None
+                    if read is None
+                    else state.rows.find(absolute(read, state.lengths).to(held.device))
                 )
                 out = self.run(state, stop, index)
             return out if stop is not None else self.unembed(out.resid)
@@ -157,7 +134,11 @@ class Gemma4(TextModel):
                 here = columns[(columns >= start) & (columns < end)] - start
                 read = here.expand(len(tokens), -1).to(self.device)
             entering = self.begin(
-                tokens[:, start:end], rows.slice(start, end), lengths, _columns(soft, start, end), kv
+                tokens[:, start:end],
+                rows.slice(start, end),
+                lengths,
+                _columns(soft, start, end),
+                kv,
             )
             pieces.append(self.run(entering, stop, read))
             kv = pieces[-1].kv
@@ -167,7 +148,7 @@ class Gemma4(TextModel):
         at_rows(whole.rows.positions, lengths)
         return whole
 
-    def _rows(self, batch: Batch, past: KeyValues) -> tuple[Rows, Int[Tensor, "batch"]]:  # noqa: F821
+    def _rows(self, batch: Batch, past: KeyValues) -> tuple[Rows, Int[Tensor, "batch"]]:
         """The positions of a batch behind its past, and the number of tokens up to its end."""
         positions, lengths = batch.positions, batch.lengths
         first = None if batch.is_padded else 0
@@ -196,18 +177,21 @@ class Gemma4(TextModel):
         self,
         tokens: Int[Tensor, "batch pos"],
         rows: Rows,
-        lengths: Int[Tensor, "batch"],  # noqa: F821
+        lengths: Int[Tensor, "batch"],
         soft: Soft = (),
         past: KeyValues | None = None,
     ) -> State:
         """As `TextModel.begin`; placeholders look up the pad row, in both tables."""
-        for where, _ in soft:
-            tokens = tokens.masked_fill(where, self.cfg.pad_id)
+        for placeholder in (self.cfg.image_id, self.cfg.audio_id, self.cfg.video_id):
+            if placeholder is not None:
+                tokens = tokens.masked_fill(tokens == placeholder, self.cfg.pad_id)
         return super().begin(tokens, rows, lengths, soft, past)
 
     # ---- generating
 
-    def prefill(self, batch: Batch, chunk: int | None) -> tuple[Float[Tensor, "batch d_vocab"], State]:
+    def prefill(
+        self, batch: Batch, chunk: int | None
+    ) -> tuple[Float[Tensor, "batch d_vocab"], State]:
         """The logits behind each prompt, and the state that the next tokens follow.
 
         Computes what the last position needs, and every position where somebody watches a block
@@ -230,7 +214,10 @@ class Gemma4(TextModel):
             return self.unembed(state.resid)[:, 0], state
 
     def advance(
-        self, tokens: Int[Tensor, "batch"], state: State, step: int  # noqa: F821
+        self,
+        tokens: Int[Tensor, "batch"],
+        state: State,
+        step: int,
     ) -> tuple[Float[Tensor, "batch d_vocab"], State]:
         """The logits behind one more token of each prompt, the `step`-th generated, and the new state."""
         before = state.rows
@@ -247,85 +234,6 @@ class Gemma4(TextModel):
         """The text that `generate` would return, piece by piece as it is made."""
         return stream(self, inputs, max_new_tokens, **options)
 
-    # ---- reading activations and gradients
-
-    def run_with_cache(
-        self,
-        inputs: Inputs | None = None,
-        names_filter: NamesFilter | None = None,
-        *,
-        device: torch.device | str | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, ActivationCache]:
-        """Run once and keep activations.
-
-        Args:
-            inputs: as for a plain call.
-            names_filter: a name, a glob, a list of them or a predicate. By default the decoder's residual
-                streams, contributions, rot_q, rot_k, norm_v, z and per-layer embeddings: from these
-                every pattern and decomposition follows.
-            device: where to move each activation as it is made; by default it stays.
-            **kwargs: `read`, `stop`, `state`, `past`, `chunk`, as for a plain call.
-
-        Returns:
-            What the plain call returns, and the cache.
-
-        Raises:
-            HookNameError: a filter matches nothing, or nothing that this run computes.
-            InputError: as the plain call.
-        """
-        inputs, cache, points, asked = self._watch(inputs, names_filter, kwargs.get("state"))
-        save = cache.saver(device, keep_graph=False)
-        with hang([(point, Hung(savers=[save])) for point in points], asked):
-            return self(inputs, **kwargs), cache
-
-    def run_with_grads(
-        self,
-        inputs: Inputs | None,
-        objective: Callable[[Tensor], Tensor],
-        names_filter: NamesFilter | None = None,
-        **kwargs: Any,
-    ) -> WithGrads:
-        """Run once and differentiate a scalar of the logits by the activations.
-
-        Args:
-            inputs: as for a plain call.
-            objective: logits to a scalar.
-            names_filter: as for `run_with_cache`.
-            **kwargs: as for a plain call, without `stop`.
-
-        Returns:
-            The value, the activations, and its gradient by each: zeros where it does not depend on one.
-
-        Raises:
-            InputError: the objective is no scalar. HookNameError: as `run_with_cache`.
-        """
-        inputs, cache, points, asked = self._watch(inputs, names_filter, kwargs.get("state"))
-        save = cache.saver(None, keep_graph=True)
-        hung = [(point, Hung(gradients=[None], savers=[save])) for point in points]
-        with torch.enable_grad(), hang(hung, asked):
-            value = objective(self(inputs, **kwargs))
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"the objective returned {found}, expected a tensor of one element")
-        return WithGrads(value.detach(), *cache.differentiated(value))
-
-    def _watch(
-        self, inputs: Inputs | None, names_filter: NamesFilter | None, state: State | None
-    ) -> tuple[Inputs | None, ActivationCache, list[HookPoint], list[tuple[str, set[HookPoint]]]]:
-        """Prepared inputs, an empty cache for their run, the points to watch, and what was asked for."""
-        batch = prepare(inputs, self.processor, self.cfg) if state is None else inputs
-        edited = edited_points()
-        if names_filter is None:
-            points, asked = self.matching(CACHED_BY_DEFAULT), []
-            parents = {point.name.rpartition(".")[0] for point in edited if "_scores" in point.name or "_pattern" in point.name}
-            points += [self.hook_points[f"{attn}.hook_pattern"] for attn in parents]
-        else:
-            points, asked = self.matching(names_filter), asked_for(self, names_filter)
-        lengths = state.lengths if state is not None else batch.lengths
-        cache = ActivationCache(self, lengths, frozenset(point.name for point in edited))
-        return batch, cache, points, asked
-
     # ---- text, pictures and sounds
 
     def prompt(self, *parts: Any) -> Prompt:
@@ -336,7 +244,10 @@ class Gemma4(TextModel):
         return self._processor().prompt(*parts)
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], thinking: bool = False, tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool = False,
+        tools: Sequence[Any] | None = None,
     ) -> Prompt:
         """A conversation, rendered by the checkpoint's own template, up to the model's turn.
 
@@ -365,39 +276,22 @@ class Gemma4(TextModel):
 
     def _processor(self) -> Processor:
         if self.processor is None:
-            raise InputError("this model has no tokenizer: give it ids [batch, pos], or load it from a folder")
+            raise InputError(
+                "this model has no tokenizer: give it ids [batch, pos], or load it from a folder"
+            )
         return self.processor
-
-    # ---- weights as analyses want them: views, nothing folded
-
-    def head_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """W_O of a block, by head."""
-        weight = self.blocks[layer].attn.o_proj.weight
-        return rearrange(weight, "d_model (head d_head) -> head d_head d_model", head=self.cfg.n_heads)
-
-    def layer_scalar(self, layer: int) -> Float[Tensor, "1"]:
-        """What a block multiplies the stream by at its end."""
-        return self.blocks[layer].scalar
-
-    def post_norm(self, layer: int) -> Float[Tensor, "d_model"]:  # noqa: F821
-        """The gain of the norm behind a block's attention."""
-        return self.blocks[layer].ln1_post.weight
-
-    def final_norm(self) -> Float[Tensor, "d_model"]:  # noqa: F821
-        """The gain of the norm before the unembedding."""
-        return self.ln_final.weight
-
-    def unembedding(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
-        """The rows of the (tied) unembedding that belong to tokens."""
-        return self.embed.tokens.weight[tokens]
 
     # ---- checks
 
-    def _check(self, inputs: Any, stop: int | None, state: State | None, past: Any, chunk: int | None) -> None:
+    def _check(
+        self, inputs: Any, stop: int | None, state: State | None, past: Any, chunk: int | None
+    ) -> None:
         if (inputs is None) == (state is None):
             raise InputError("give either inputs or state=, which enters in their place")
         if state is not None and (past is not None or chunk is not None):
-            raise InputError("state= brings its own keys and values and rows: past= and chunk= go with inputs")
+            raise InputError(
+                "state= brings its own keys and values and rows: past= and chunk= go with inputs"
+            )
         first = 0 if state is None else state.layer
         if stop is not None and not first <= stop <= self.cfg.n_layers:
             raise InputError(f"stop is {stop}, expected {first} to {self.cfg.n_layers}")
@@ -443,6 +337,8 @@ def _columns(soft: Soft, start: int, end: int) -> Soft:
 def _joined(pieces: Sequence[State], first: int | None) -> State:
     """The states that chunks of a prompt end in, as one."""
     last = pieces[-1]
-    resid, ple = (torch.cat(parts, dim=1) for parts in zip(*((p.resid, p.ple) for p in pieces), strict=True))
+    resid, ple = (
+        torch.cat(parts, dim=1) for parts in zip(*((p.resid, p.ple) for p in pieces), strict=True)
+    )
     positions = torch.cat([piece.rows.positions for piece in pieces], dim=1)
     return State(last.layer, resid, ple, last.kv, Rows(positions, first), last.lengths)

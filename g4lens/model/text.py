@@ -162,7 +162,11 @@ class Block(nn.Module):
     def __init__(self, cfg: TextConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.attn, self.mlp, self.ple = Attention(cfg, layer), MLP(cfg.d_model, cfg.d_mlp_at(layer)), PerLayerInput(cfg)
+        self.attn, self.mlp, self.ple = (
+            Attention(cfg, layer),
+            MLP(cfg.d_model, cfg.d_mlp_at(layer)),
+            PerLayerInput(cfg),
+        )
         self.ln1, self.ln1_post, self.ln2, self.ln2_post, self.ln_ple_post = (
             RMSNorm(cfg.d_model, RESID, eps=cfg.eps) for _ in range(5)
         )
@@ -188,14 +192,16 @@ class Block(nn.Module):
         resid_mid = self.hook_resid_mid(resid_pre + attn_out)
         mlp_out = self.hook_mlp_out(self.ln2_post(self.mlp(self.ln2(resid_mid))))
         resid_pre_ple = self.hook_resid_pre_ple(resid_mid + mlp_out)
-        ple_out = self.hook_ple_out(self.ln_ple_post(self.ple(resid_pre_ple, run.ple[:, :, self.layer])))
+        ple_out = self.hook_ple_out(
+            self.ln_ple_post(self.ple(resid_pre_ple, run.ple[:, :, self.layer]))
+        )
         return self.hook_resid_post((resid_pre_ple + ple_out) * self.scalar)
 
 
 class Run:
     """The rows that one pass is computing, and what every block needs to know of them."""
 
-    def __init__(self, cfg: TextConfig, ple: Ple, rows: Rows, lengths: Int[Tensor, "batch"]):  # noqa: F821
+    def __init__(self, cfg: TextConfig, ple: Ple, rows: Rows, lengths: Int[Tensor, "batch"]):
         self.cfg, self.ple, self.lengths = cfg, ple, lengths
         self._stand_at(rows)
 
@@ -241,7 +247,7 @@ class TextModel(HookedModule):
         self,
         tokens: Int[Tensor, "batch pos"],
         rows: Rows,
-        lengths: Int[Tensor, "batch"],  # noqa: F821
+        lengths: Int[Tensor, "batch"],
         soft: Sequence[tuple[Tensor, Tensor]] = (),
         past: KeyValues | None = None,
     ) -> State:
@@ -294,9 +300,17 @@ class TextModel(HookedModule):
     def hint(self, name: str) -> str:
         """As `HookedModule.hint`; a reader's missing keys are explained."""
         parts = name.split(".")
-        if len(parts) == 4 and parts[0] == "blocks" and parts[1].isdigit() and int(parts[1]) < self.cfg.n_layers:
+        if (
+            len(parts) == 4
+            and parts[0] == "blocks"
+            and parts[1].isdigit()
+            and int(parts[1]) < self.cfg.n_layers
+        ):
             layer, point = int(parts[1]), parts[3]
-            source, twin = self.cfg.kv_source(layer), {"hook_k": "rot_k", "hook_v": "norm_v"}.get(point)
+            source, twin = (
+                self.cfg.kv_source(layer),
+                {"hook_k": "rot_k", "hook_v": "norm_v"}.get(point),
+            )
             if source != layer and twin:
                 return (
                     f" Block {layer} reads block {source}'s keys and values: use "

@@ -153,7 +153,9 @@ class VisionTower(nn.Module):
         square = torch.where(valid, y * columns + x, n_tokens)  # padding: one square too many
         sums = widened(resid).new_zeros(len(resid), n_tokens + 1, resid.shape[-1])
         sums = sums.scatter_add(1, square[..., None].expand_as(resid), widened(resid))[:, :n_tokens]
-        is_token = torch.arange(n_tokens, device=resid.device) < valid.sum(1, keepdim=True) // side**2
+        is_token = (
+            torch.arange(n_tokens, device=resid.device) < valid.sum(1, keepdim=True) // side**2
+        )
         return sums * (self.cfg.d_model**0.5 / side**2), is_token
 
 

@@ -53,7 +53,9 @@ def ids(batch: int, n: int) -> torch.Tensor:
 
 def row(what: str, ours: float, other: float, relative: float, unit: str, target: str) -> None:
     """One line of the report."""
-    print(f"{what:<66} {ours:>9.3g} {other:>9.3g} {unit:<4} {relative:>6.2f}x  {target}", flush=True)
+    print(
+        f"{what:<66} {ours:>9.3g} {other:>9.3g} {unit:<4} {relative:>6.2f}x  {target}", flush=True
+    )
 
 
 def plain(model, hf, rounds: int) -> None:
@@ -69,7 +71,12 @@ def plain(model, hf, rounds: int) -> None:
             lambda x=x: hf(input_ids=x, use_cache=False, logits_to_keep=1).logits,
             few,
         )
-        row(f"last logit, {n} tokens / transformers logits_to_keep=1", *last, "s", f"<= {last_target}")
+        row(
+            f"last logit, {n} tokens / transformers logits_to_keep=1",
+            *last,
+            "s",
+            f"<= {last_target}",
+        )
         own = ratio(lambda x=x: model(x, read=-1), lambda x=x: model(x), few)
         row(f"last logit, {n} tokens / our all logits", *own, "s", "<= 0.4")
 
@@ -82,13 +89,21 @@ def cache(model, hf, rounds: int) -> None:
     mib = 2**20
 
     def peaks(what, ours, other, target):
-        a, b = min(extra_peak(ours) for _ in range(3)) / mib, min(extra_peak(other) for _ in range(3)) / mib
+        a, b = (
+            min(extra_peak(ours) for _ in range(3)) / mib,
+            min(extra_peak(other) for _ in range(3)) / mib,
+        )
         row(what, a, b, a / b, "MiB", target)
 
     def hf_plain():
         return hf(input_ids=x, use_cache=False).logits
 
-    peaks("12 resid_post cached, 4 x 512, peak / transformers plain", lambda: model.run_with_cache(x, names), hf_plain, "<= 1.3")
+    peaks(
+        "12 resid_post cached, 4 x 512, peak / transformers plain",
+        lambda: model.run_with_cache(x, names),
+        hf_plain,
+        "<= 1.3",
+    )
     peaks("plain forward, 4 x 512, peak / transformers plain", lambda: model(x), hf_plain, "")
     bridge = transformer_lens(hf)
     if bridge is not None:
@@ -159,7 +174,12 @@ def generate(model, hf, rounds: int) -> None:
 
         def other(count, x=x):
             hf.generate(
-                x, max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+                x,
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
             )
 
         speeds = []
@@ -170,11 +190,20 @@ def generate(model, hf, rounds: int) -> None:
             for fn in (ours, other):
                 from tests.benchmarks.measure import seconds
 
-                per_token.append((seconds(lambda fn=fn: fn(new)) - seconds(lambda fn=fn: fn(1))) / (new - 1))
+                per_token.append(
+                    (seconds(lambda fn=fn: fn(new)) - seconds(lambda fn=fn: fn(1))) / (new - 1)
+                )
             speeds.append(per_token)
         speeds.sort(key=lambda pair: pair[1] / pair[0])
         mine, them = speeds[len(speeds) // 2]
-        row(f"greedy tokens per second after {n} / transformers", 1 / mine, 1 / them, them / mine, "1/s", ">= 1.0")
+        row(
+            f"greedy tokens per second after {n} / transformers",
+            1 / mine,
+            1 / them,
+            them / mine,
+            "1/s",
+            ">= 1.0",
+        )
 
 
 PARTS = {"plain": plain, "cache": cache, "idle": idle, "generate": generate}
