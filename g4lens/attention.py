@@ -23,13 +23,13 @@ Mask = Bool[Tensor, "batch 1 query_pos key_pos"]
 def visible(
     queries: Int[Tensor, "*batch query_pos"], keys: Int[Tensor, "*batch key_pos"], window: int
 ) -> Bool[Tensor, "*batch query_pos key_pos"]:
-    """Is the key's position among the `window` positions that end with the query's own? Padding sees nothing."""
+    """Is the key one of the `window` positions that end with the query's own? Padding sees none."""
     distance = queries[..., :, None] - keys[..., None, :]
     return (distance >= 0) & (distance < window) & (keys >= 0)[..., None, :]
 
 
 def attention_scores(q: Queries, k: Keys, mask: Mask | None) -> Scores:
-    """Dot products of queries and keys, -inf where masked. Query heads share key heads in groups."""
+    """Dot products of queries and keys, -inf where masked; query heads share keys in groups."""
     grouped = rearrange(q, "batch query (kv group) d -> batch kv group query d", kv=k.shape[2])
     scores = grouped @ rearrange(k, "batch key kv d -> batch kv 1 d key")
     return _masked(scores.flatten(1, 2), mask, -torch.inf)
@@ -50,7 +50,7 @@ def explicit_attention(
     hook_scores: HookPoint,
     hook_pattern: HookPoint,
 ) -> Queries:
-    """Attention by way of the matrices. The mask holds again after every edit: none opens the future."""
+    """Attention by way of the matrices. After every edit the mask is enforced again."""
     scores = hook_scores(attention_scores(q, k, mask), lambda x: _masked(x, mask, -torch.inf))
     pattern = attention_pattern(scores).to(v.dtype)
     pattern = hook_pattern(pattern, lambda x: _masked(x, mask, 0.0))
@@ -121,7 +121,7 @@ class Sight:
 def _windowed_attention(
     q: Queries, k: Keys, v: Keys, queries: Rows, keys: Rows, window: int
 ) -> Queries:
-    """Local attention in blocks of one window: each block of queries sees its own keys and the block before.
+    """Local attention in blocks of one window: queries see their own block and the one before.
 
     The queries are the last rows of the keys, so the cost is O(query_pos * window).
     """

@@ -23,8 +23,8 @@ class ActivationCache(Parts, Mapping[str, Tensor]):
     """The activations of one run, by hook name.
 
     `cache["blocks.5.hook_resid_post"]`, `cache["resid_post", 5]` and, in a tower,
-    `cache["vision", "resid_post", 1]` look one up. `keys()`, `items()`, `in` and `len` are those of a
-    mapping of full names.
+    `cache["vision", "resid_post", 1]` look one up. `keys()`, `items()`, `in` and `len` are those of
+    a mapping of full names.
     """
 
     def __init__(self, model: Decoder, lengths: Int[Tensor, "batch"], edited: frozenset[str]):
@@ -39,7 +39,7 @@ class ActivationCache(Parts, Mapping[str, Tensor]):
     def saver(
         self, device: torch.device | str | None, keep_graph: bool
     ) -> Callable[[Tensor, Hook], None]:
-        """A hook that stores what it sees, moved to `device`, cut off from the graph unless kept."""
+        """A hook that stores what it sees, on `device`, cut off from the graph unless that is kept."""
 
         def save(x: Tensor, hook: Hook) -> None:
             x = x if keep_graph else x.detach()
@@ -89,7 +89,7 @@ class ActivationCache(Parts, Mapping[str, Tensor]):
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The entry, or `default` where the cache holds none of that name."""
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401 (this is that `get`)
 
     def __repr__(self) -> str:
         size = sum(x.untyped_storage().nbytes() for x in self._storages())
@@ -140,7 +140,7 @@ class ActivationCache(Parts, Mapping[str, Tensor]):
         return layer is not None and self.cfg.owns_kv(layer)
 
     def positions(self, name: str) -> Int[Tensor, "batch row"]:
-        """Which positions the rows of an entry are (keys, for an entry without queries), -1 at padding.
+        """Which positions the rows of an entry are, -1 at padding; of keys, which the keys are.
 
         Raises:
             CacheError: the activation was not cached. HookNameError: it does not exist.
@@ -162,8 +162,8 @@ class ActivationCache(Parts, Mapping[str, Tensor]):
     ) -> Float[Tensor, "batch head query_pos key_pos"]:
         """The attention pattern of a decoder block, exactly as the run had it.
 
-        Rebuilt from the cached rotated queries and keys, for the heads and query rows asked for only;
-        where a hook stood on the scores or the pattern, taken as it was used.
+        Rebuilt from the cached rotated queries and keys, for the heads and query rows asked for
+        only; where a hook stood on the scores or the pattern, taken as it was used.
 
         Args:
             layer: the block.
@@ -200,7 +200,7 @@ class ActivationCache(Parts, Mapping[str, Tensor]):
     # ---- the state before a block
 
     def state(self, layer: int) -> State:
-        """What `model(state=...)` needs to enter at a block: stream, per-layer embeddings, keys and values.
+        """What `model(state=...)` needs to enter at a block.
 
         Raises: CacheError: one of them was not cached.
         """

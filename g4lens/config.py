@@ -1,8 +1,8 @@
 """Every number that defines a Gemma 4 model, in one place.
 
 The fields carry TransformerLens's names; `from_json` reads them from the `config.json` of a
-checkpoint (transformers `models/gemma4/configuration_gemma4.py`), of the conditional-generation kind
-(text, vision, audio) or the text-only kind. Whatever follows from other numbers is derived.
+checkpoint (transformers `models/gemma4/configuration_gemma4.py`), of the conditional-generation
+kind (text, vision, audio) or the text-only kind. Whatever follows from other numbers is derived.
 """
 
 import json
@@ -106,7 +106,7 @@ class TextConfig:
         return layer <= self.horizon
 
     def kv_source(self, layer: int) -> int:
-        """The block whose keys and values this block attends to: itself, or the last owner of its type."""
+        """The block whose keys and values this one reads: itself, or the last owner of its type."""
         return layer if self.owns_kv(layer) else self._last_owner[self.layer_types[layer]]
 
     def readers(self, layer: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Every error that g4lens raises about its inputs: one base class, one kind per thing that can be wrong.
+"""Every error that g4lens raises: one base class, one kind for each thing that can be wrong.
 
 A message names the thing, what was found, what was expected and, where there is one, the nearest
 right answer.

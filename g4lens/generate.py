@@ -29,8 +29,13 @@ class Generator(Protocol):
     cfg: Gemma4Config
     processor: Processor | None
 
-    def prefill(self, batch: Batch, chunk: int | None) -> tuple[Logits, State]: ...
-    def advance(self, tokens: Tokens, state: State, step: int) -> tuple[Logits, State]: ...
+    def prefill(self, batch: Batch, chunk: int | None) -> tuple[Logits, State]:
+        """The logits behind each prompt, and the state that its next token follows."""
+        ...
+
+    def advance(self, tokens: Tokens, state: State, step: int) -> tuple[Logits, State]:
+        """The logits behind one more token of each prompt, and the new state."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Generation:
         text: the same as text, without special tokens; None for a model without tokenizer.
         prompt: the prompt with the generated tokens behind it, thoughts and tool calls marked in
             `Token.role`; None where the input was no text or Prompt.
-        reply: text, thoughts and tool calls apart. Reading it raises InputError for a malformed call.
+        reply: text, thoughts and tool calls apart. Reading it raises InputError for a malformed
+            call.
     """
 
     tokens: tuple[int, ...]
@@ -52,7 +58,7 @@ class Generation:
 
     @property
     def reply(self) -> Reply:
-        """What was written, parsed. Raises: InputError: a malformed call, or a model without tokenizer."""
+        """What was written, parsed. Raises: InputError: a malformed call, or no tokenizer."""
         if self.raw is None:
             raise InputError("a model without tokenizer gives ids only, nothing to parse")
         return parse(self.raw)
@@ -129,8 +135,8 @@ def generate(
         top_k: sample from the so many likeliest only.
         top_p: sample from the fewest tokens that together have this probability.
         seed: makes sampling repeatable.
-        stop_tokens: ids or texts of single tokens that end it; by default the config's end-of-sequence
-            ids and the tokenizer's end-of-turn token.
+        stop_tokens: ids or texts of single tokens that end it; by default the config's
+            end-of-sequence ids and the tokenizer's end-of-turn token.
         chunk: fill the prompt so many positions at a time.
 
     Returns:
@@ -147,8 +153,8 @@ def generate(
             if not row or row[-1] not in stops:
                 row.append(token)
     made = [_generation(model, batch, i, row, stops) for i, row in enumerate(rows)]
-    single = (
-        isinstance(inputs, str | Prompt) or len(made) == 1 and not isinstance(inputs, list | tuple)
+    single = isinstance(inputs, str | Prompt) or (
+        len(made) == 1 and not isinstance(inputs, list | tuple)
     )
     return made[0] if single else made
 
@@ -167,8 +173,8 @@ def stream(
 ) -> Iterator[str]:
     """The text that `generate` would return for one prompt, in pieces as they are made.
 
-    Arguments and errors are those of `generate`; also InputError for more than one prompt or a model
-    without tokenizer.
+    Arguments and errors are those of `generate`; also InputError for more than one prompt or a
+    model without tokenizer.
     """
     sampler = Sampler(temperature, top_k, top_p, seed)
     batch, stops = _checked(model, inputs, max_new_tokens, stop_tokens)

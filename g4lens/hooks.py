@@ -48,7 +48,8 @@ class Hook:
         name: the hook point's full name.
         axes: the names of the activation's dimensions, in order.
         step: 0 in the prompt's pass (all its chunks), then 1, 2, ... for each generated token.
-        positions: `[batch, row]`, the absolute positions of the `pos` or `query_pos` axis, -1 at padding.
+        positions: `[batch, row]`, the absolute positions of the `pos` or `query_pos` axis, -1 at
+            padding.
         key_positions: `[batch, row]`, the same of the `key_pos` axis.
         lengths: `[batch]`, the number of tokens of each prompt, on the CPU.
     """
@@ -69,7 +70,8 @@ class Hook:
         """Where this run holds a position: index tensors `(batch, row)`, empty where it does not.
 
         `x[hook.at(7)] = 0` zeroes position 7 whatever part of the prompt the run computes. On a
-        pattern, whose head axis comes between, write `batch, row = hook.at(7)` and `x[batch, :, row]`.
+        pattern, whose head axis comes between, write `batch, row = hook.at(7)` and `x[batch, :,
+        row]`.
 
         Args:
             position: counted over each prompt's own tokens, negative from its end.
@@ -109,13 +111,14 @@ class Hung:
         )
 
     def visit(self, x: Tensor, hook: Hook, enforce: Enforce | None) -> Tensor:
+        """What goes on in the place of `x`."""
         for edit in self.edits:
             own = x.clone()  # an edit in place counts here and reaches nothing else
             returned = edit(own, hook)
             x = own if returned is None else _like(returned, x, hook)
             x = x if enforce is None else enforce(x)
         if self.gradients:
-            # a node of its own, so that parallel points and neighbours that alias keep gradients apart
+            # a node of its own, so that neighbours which alias keep their gradients apart
             x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             for backward in self.gradients:
                 if backward is not None:
@@ -215,10 +218,10 @@ class HookedModule(nn.Module):
         """Hang functions on hook points until the block ends, in this thread.
 
         Args:
-            fwd_hooks: `(names_filter, fn)`; `fn(activation, hook) -> activation | None` gets a copy of its
-                own, and that copy, or what it returns, goes on.
-            bwd_hooks: `(names_filter, fn)`; `fn(grad, hook) -> grad | None` gets the gradient of the value
-                that goes on.
+            fwd_hooks: `(names_filter, fn)`; `fn(activation, hook) -> activation | None` gets a copy
+                of its own, and that copy, or what it returns, goes on.
+            bwd_hooks: `(names_filter, fn)`; `fn(grad, hook) -> grad | None` gets the gradient of
+                the value that goes on.
 
         Raises:
             HookNameError: a filter matches no hook point, or a run in this block computed none of
@@ -241,7 +244,7 @@ class HookedModule(nn.Module):
         bwd_hooks: Iterable[tuple[NamesFilter, HookFn]] = (),
         **kwargs: Any,
     ) -> Any:
-        """Run the model once with hooks in place. Arguments and errors: those of the model and `hooks`."""
+        """Run once with hooks in place. Arguments and errors are those of the model and `hooks`."""
         with self.hooks(fwd_hooks, bwd_hooks):
             return self(*args, **kwargs)
 

@@ -1,8 +1,8 @@
 """The residual stream as a sum of what wrote it, and what each part is worth to a logit.
 
-Because of Gemma 4's layer scalars, a part of block j reaches block l multiplied by the scalars of blocks j
-to l-1. With those carried, and per-layer embeddings counted among the writers, the parts sum to the
-stream.
+Because of Gemma 4's layer scalars, a part of block j reaches block l multiplied by the scalars of
+blocks j to l-1. With those carried, and per-layer embeddings counted among the writers, the parts
+sum to the stream.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ class Parts:
         raise KeyError(key)
 
     def head_results(self, layer: int) -> Float[Tensor, "batch pos head d_model"]:
-        """What each head of a block contributes to `attn.hook_out` (before ln1_post); they sum to it.
+        """What each head contributes to `attn.hook_out` (before ln1_post), which they sum to.
 
         Raises: CacheError: the block's z was not cached.
         """
@@ -94,11 +94,12 @@ class Parts:
 
         Args:
             layer: the block; -1 means the final residual stream, as in TransformerLens.
-            heads: split each attention part by head. ln1_post is then frozen at the scale it had, the
-                one thing that makes heads add up linearly.
+            heads: split each attention part by head. ln1_post is then frozen at the scale it had,
+                the one thing that makes heads add up linearly.
 
         Returns:
-            The parts `[part, batch, pos, d_model]`, which sum to `blocks.{layer}.hook_resid_pre` over
+            The parts `[part, batch, pos, d_model]`, which sum to `blocks.{layer}.hook_resid_pre`
+            over
             the positions that all parts hold, and their labels: "embed", "0_attn_out" (or "L0H3"),
             "0_mlp_out", "0_ple_out", ..., and "edit" for what hooks changed in the stream itself.
 
@@ -136,8 +137,8 @@ class Parts:
     ) -> Float[Tensor, "part batch pos"]:
         """What each part of the final residual stream adds to a token's logit, before the soft cap.
 
-        The final norm is frozen at the scale it had, so the attributions of all parts sum to the logit
-        (direct logit attribution, Elhage et al. 2021).
+        The final norm is frozen at the scale it had, so the attributions of all parts sum to the
+        logit (direct logit attribution, Elhage et al. 2021).
 
         Args:
             stack: parts of the final residual stream, as `decompose_resid(-1)` returns them.
@@ -212,7 +213,7 @@ class Parts:
         )
 
     def _shared(self, names: list[str]) -> tuple[Tensor, list[Tensor | None]]:
-        """The positions that all entries hold, and for each entry the rows of them (None: all its rows)."""
+        """The positions that all entries hold, and each entry's rows of them (None: all rows)."""
         held = [self.positions(name) for name in names]
         fewest = min(held, key=lambda p: p.shape[1])
         common = (fewest >= 0) & torch.stack(

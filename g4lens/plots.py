@@ -80,8 +80,9 @@ def ple_share(
 ) -> "Axes":
     """How much of what each block writes comes from its per-layer embedding.
 
-    The share is |ple_out| / (|attn_out| + |mlp_out| + |ple_out|), Euclidean norms per position, then
-    the mean over positions; with a prompt a line for each modality, <bos> and padding left out.
+    The share is |ple_out| / (|attn_out| + |mlp_out| + |ple_out|), Euclidean norms per position,
+    then the mean over positions; with a prompt a line for each modality, <bos> and padding left
+    out.
 
     Raises: CacheError: a contribution was not cached.
     """

@@ -176,14 +176,16 @@ def take_rows(
 
 
 def absolute(positions: Positions, lengths: Int[Tensor, "batch"]) -> Int[Tensor, "batch read"]:
-    """Positions counted over each prompt's own tokens, negative from its end, as they are counted from 0.
+    """Positions counted over each prompt's own tokens, negative from its end, counted from 0.
 
     Args:
-        positions: one for all prompts, several (a slice or a list), or a tensor with a row for each prompt.
+        positions: one for all prompts, several (a slice or a list), or a tensor with a row for each
+            prompt.
         lengths: the number of tokens of each prompt, on the CPU.
 
     Raises:
-        InputError: a position outside a prompt, or a slice that takes unequal numbers from the prompts.
+        InputError: a position outside a prompt, or a slice that takes unequal numbers from the
+            prompts.
     """
     counts = lengths.tolist()
     if isinstance(positions, slice):

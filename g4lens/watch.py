@@ -90,7 +90,8 @@ class Watched(HookedModule):
             **kwargs: as for a plain call, without `stop`.
 
         Returns:
-            The value, the activations, and its gradient by each: zeros where it does not depend on one.
+            The value, the activations, and its gradient by each: zeros where it does not depend on
+                one.
 
         Raises:
             InputError: the objective is no scalar. HookNameError: as `run_with_cache`.
@@ -108,7 +109,7 @@ class Watched(HookedModule):
     def _watch(
         self, inputs: Any, names_filter: NamesFilter | None, state: State | None
     ) -> tuple[Any, ActivationCache, list[HookPoint], list[tuple[str, set[HookPoint]]]]:
-        """Prepared inputs, an empty cache for their run, the points to watch, what was asked for."""
+        """Prepared inputs, an empty cache for them, the points to watch, what was asked for."""
         if state is None:
             inputs = prepare(inputs, self.processor, self.cfg)
         lengths = inputs.lengths if state is None else state.lengths

@@ -86,7 +86,7 @@ def unchecked(ids: torch.Tensor) -> Batch:
 
 
 def pictures(*grids: tuple[int, int], patch: int = 4) -> dict[str, torch.Tensor]:
-    """Random pictures of so many columns and rows of soft tokens, padded to one number of patches."""
+    """Random pictures of so many columns and rows of soft tokens, padded to one size."""
     random = torch.Generator().manual_seed(7)
     most = max(9 * columns * rows for columns, rows in grids)
     pixels = torch.rand(len(grids), most, 3 * patch**2, generator=random)
@@ -108,7 +108,7 @@ def sounds(*n_frames: int, n_mels: int = 16) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def seen_and_heard() -> dict[str, torch.Tensor]:
-    """One prompt with two pictures (2 and 4 soft tokens) and a sound (5 soft tokens) between words."""
+    """One prompt: two pictures (2 and 4 soft tokens) and a sound (5) between words."""
     ids = [
         2,
         11,

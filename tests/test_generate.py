@@ -13,7 +13,8 @@ from tests.conftest import unchecked
 
 def greedily(model, tokens, n):
     for _ in range(n):
-        tokens = torch.cat([tokens, model(unchecked(tokens))[:, -1].argmax(-1, keepdim=True)], dim=1)
+        likeliest = model(unchecked(tokens))[:, -1].argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, likeliest], dim=1)
     return tokens[:, -n:].tolist()
 
 

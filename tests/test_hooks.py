@@ -46,7 +46,7 @@ POSITION, READ = 17, [-1, -4]
 
 
 def edit_at(position: int):
-    """Shrink and tilt what stands at a position, in place; of a matrix, shrink the column of that key."""
+    """Shrink and tilt what stands at a position, in place; of a matrix, that key's column."""
 
     def edit(x, hook: Hook):
         if "key_pos" in hook.axes and "query_pos" in hook.axes:
@@ -106,7 +106,7 @@ def test_generating_sees_the_same_edit(model, tokens, name):
 
 
 def test_every_point_takes_an_edit_in_place_that_reaches_nothing_else(model, tokens):
-    """`x[...] = 0` in a reader's keys or values leaves the owner and all other readers as they were."""
+    """`x[...] = 0` in a reader's keys or values leaves the owner and other readers alone."""
     _, plain = model.run_with_cache(tokens, ["*attn.hook_rot_k", "*attn.hook_norm_v"])
     for reader in (6, 7, 8):
         for point in ("rot_k", "norm_v"):
@@ -184,7 +184,7 @@ def test_positions_steps_and_at(model, tokens):
 
 
 def test_horizon_is_exact(model, tokens):
-    """What stands at the horizon or later, at a position not read, moves other logits by exactly 0."""
+    """At the horizon or later, an unread position moves other logits by exactly 0."""
     plain, cfg = model(tokens), model.cfg
 
     def noise(x, hook):

@@ -81,11 +81,7 @@ def continues(model: Any, examples: list[tuple[tasks.Example, list[Any]]]) -> li
 
 def replies(model: Any, examples: list[tuple[tasks.Example, list[Any]]]) -> list[bool]:
     """Is the answer the whole of the model's reply in a chat?"""
-    kinds = {g4lens.Image: "image", g4lens.Audio: "audio", str: "text"}
-    chats = [
-        [{"role": "user", "content": [{"type": kinds[type(p)], kinds[type(p)]: p} for p in parts]}]
-        for _, parts in examples
-    ]
+    chats = [[{"role": "user", "content": parts}] for _, parts in examples]
     made = model.generate([model.chat(chat) for chat in chats], max_new_tokens=4)
     return [
         out.text == example.answer.strip() and out.tokens[-1] in model.cfg.eos_ids

@@ -1,0 +1,1 @@
+"""Text, pictures and sounds into what a model reads."""

@@ -67,8 +67,8 @@ def prepare(inputs: Any, processor: Processor | None, cfg: Gemma4Config) -> Batc
 
     Args:
         inputs: text, token ids `[batch, pos]`, a Prompt, a list of texts, Prompts and ids `[pos]`
-            (left-padded), or a mapping with the names of transformers' Gemma 4 processor. Text begins with
-            exactly one <bos>; ids and mappings are taken as they are.
+            (left-padded), or a mapping with the names of transformers' Gemma 4 processor. Text
+            begins with exactly one <bos>; ids and mappings are taken as they are.
         processor: turns text into tokens; None refuses text.
         cfg: the model's numbers.
 
@@ -220,7 +220,7 @@ def _tokens(ids: Tensor, mask: Tensor | None, cfg: Gemma4Config) -> tuple[Tensor
 
 
 def _check_types(given: Mapping[str, Tensor], tokens: Tensor, cfg: Gemma4Config) -> None:
-    """transformers marks soft tokens of pictures with 1, of videos with 2, of sounds with 3."""
+    """The processor of transformers marks soft tokens of pictures with 1, of sounds with 3."""
     if (kinds := given.get("mm_token_type_ids")) is None:
         return
     if kinds.shape != tokens.shape:
@@ -295,7 +295,7 @@ def _image_counts(batch: Batch, cfg: Gemma4Config) -> list[int]:
 
 
 def _sound_counts(batch: Batch, cfg: Gemma4Config) -> list[int]:
-    """Soft tokens of each sound: one for four frames, as the tower's two convolutions leave them."""
+    """Soft tokens of each sound: one for four frames, as two convolutions of stride 2 leave."""
     mel, mask, audio = batch.mel, batch.mel_mask, cfg.audio
     if mel is None or mask is None or audio is None:
         return []

@@ -98,8 +98,8 @@ class Processor:
         """A conversation, rendered by the checkpoint's own template.
 
         Args:
-            messages: `{"role": ..., "content": ...}`, the content a text or a list of texts, `Image`s,
-                `Audio`s and `{"type": "text" | "image" | "audio", type: ...}`.
+            messages: `{"role": ..., "content": ...}`, the content a text or a list of texts,
+                `Image`s, `Audio`s and `{"type": "text" | "image" | "audio", type: ...}`.
             thinking: switch reasoning on.
             tools: declarations of functions, as in transformers' chat templates.
             add_generation_prompt: end with the opening of the model's turn.
@@ -227,7 +227,7 @@ class Processor:
                 )
 
     def _refuse_structure(self, text: Any, where: str, model: bool) -> None:
-        """No text of a message may open or close turns; only the model's may hold thoughts and calls."""
+        """No message may open or close turns; only the model's may hold thoughts and calls."""
         if not isinstance(text, str):
             raise InputError(f"{where}: found a text of type {type(text).__name__}, expected str")
         self._refuse_placeholders(text, where)

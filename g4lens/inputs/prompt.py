@@ -1,4 +1,4 @@
-"""What stands where in a prompt: every token knows its text, modality, role, and place in a picture or sound."""
+"""What stands where: every token knows its text, modality, role, place in a picture or sound."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,0 +1,1 @@
+"""The decoder, the two towers, and the model that joins them."""

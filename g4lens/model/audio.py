@@ -2,14 +2,16 @@
 
     mel frames ─ two stride-2 convolutions ─ Linear ─ blocks ─ Linear ─ norm ─ Linear ── soft tokens
 
-One block is a conformer: half a feed-forward step, attention over the last frames in chunks, a causal
+One block is a conformer: half a feed-forward step, attention over the last frames in chunks, a
+    causal
 convolution over time, half a feed-forward step, and a norm over the stream itself.
 
     resid_pre ── + ffn1/2 ── resid_mid ── + attention ── resid_pre_conv ── + convolution ──
     resid_pre_ffn2 ── + ffn2/2 ── ln_out ── resid_post
 
-Queries stand in chunks of 12; a chunk sees one context of keys, of which the mask leaves each query the
-12 last frames up to its own. Source: `Gemma4AudioModel` in transformers' `models/gemma4/modeling_gemma4.py`.
+Queries stand in chunks of 12; a chunk sees one context of keys, of which the mask leaves each query
+the 12 last frames up to its own. Source: `Gemma4AudioModel` in transformers'
+`models/gemma4/modeling_gemma4.py`.
 """
 
 import math
@@ -48,6 +50,7 @@ class Subsample(nn.Module):
     def forward(
         self, mel: Float[Tensor, "sound frame mel"], mask: Bool[Tensor, "sound frame"]
     ) -> tuple[Frames, Bool[Tensor, "sound pos"]]:
+        """Positions of 40 ms, and which of them are sound."""
         x = mel.to(self.conv1.weight.dtype)[:, None]
         for conv, norm in ((self.conv1, self.ln1), (self.conv2, self.ln2)):
             x = conv(x * mask[:, None, :, None]).permute(0, 2, 3, 1)
@@ -57,7 +60,7 @@ class Subsample(nn.Module):
 
 
 class ChunkedAttention(nn.Module):
-    """Attention over the last frames, with a score for the distance (Dai et al. 2019, appendix B)."""
+    """Attention over the last frames, with a score for the distance (Dai et al. 2019)."""
 
     def __init__(self, cfg: AudioConfig):
         super().__init__()
@@ -76,6 +79,7 @@ class ChunkedAttention(nn.Module):
         self.hook_out = HookPoint(RESID)
 
     def forward(self, x: Frames, mask: Mask) -> Frames:
+        """What the heads bring together."""
         cfg, (_, n, _) = self.cfg, x.shape
         q, k, v = (
             hook(widened(proj(x)).unflatten(-1, (cfg.n_heads, cfg.d_head)))
@@ -110,8 +114,8 @@ class ChunkedAttention(nn.Module):
     def _distance_scores(self, q: Tensor) -> Float[Tensor, "sound head chunk query_pos key_pos"]:
         """What the distance between query and key alone is worth to the query.
 
-        The released tower has an embedding for each distance 0 to n_keys // 2. A shift along the rows
-        turns scores by distance into scores by key; what it puts beyond is masked.
+        The released tower has an embedding for each distance 0 to n_keys // 2. A shift along the
+        rows turns scores by distance into scores by key; what it puts beyond is masked.
         """
         cfg = self.cfg
         distances = torch.arange(cfg.n_keys // 2, -1, -1, device=q.device)
@@ -137,6 +141,7 @@ class FeedForward(nn.Module):
         self.hook_post = HookPoint(NEURONS)
 
     def forward(self, x: Frames) -> Frames:
+        """What half a step adds to the stream."""
         post = self.hook_post(F.silu(self.hook_pre(self.up_proj(self.ln1(clamped(x, self.cfg))))))
         return self.ln1_post(clamped(self.down_proj(post), self.cfg)) * self.cfg.residual_weight
 
@@ -157,6 +162,7 @@ class LightConvolution(nn.Module):
         self.hook_post = HookPoint(RESID)
 
     def forward(self, x: Frames) -> Frames:
+        """What the convolution adds to the stream."""
         pre = self.hook_pre(F.glu(self.in_proj(self.ln1(x)), dim=-1))
         mixed = self.conv(F.pad(pre.transpose(1, 2), (self.cfg.conv_kernel - 1, 0))).transpose(1, 2)
         post = self.hook_post(F.silu(self.ln_conv(clamped(mixed, self.cfg))))
@@ -164,7 +170,7 @@ class LightConvolution(nn.Module):
 
 
 class AudioBlock(nn.Module):
-    """Feed-forward, attention, convolution, feed-forward: each adds to the stream; a norm ends it."""
+    """Feed-forward, attention, convolution, feed-forward add to the stream; a norm ends it."""
 
     def __init__(self, cfg: AudioConfig):
         super().__init__()
@@ -185,6 +191,7 @@ class AudioBlock(nn.Module):
         self.hook_resid_post = HookPoint(RESID)
 
     def forward(self, resid: Frames, mask: Mask) -> Frames:
+        """The stream behind the block."""
         resid_pre = self.hook_resid_pre(resid)
         resid_mid = self.hook_resid_mid(resid_pre + self.hook_ffn1_out(self.ffn1(resid_pre)))
         attn_out = clamped(self.attn(self.ln1(clamped(resid_mid, self.cfg)), mask), self.cfg)
@@ -232,7 +239,7 @@ class AudioTower(nn.Module):
         return self.hook_audio_tokens(self.project(self.ln_final(tokens)))
 
     def _mask(self, valid: Bool[Tensor, "sound pos"]) -> Mask:
-        """Which keys of its chunk's context a query sees: the last frames up to its own, no padding."""
+        """Which keys of its context a query sees: the last frames up to its own, no padding."""
         cfg = self.cfg
         query = torch.arange(cfg.chunk, device=valid.device)[:, None] + cfg.n_left - 1
         distance = query - torch.arange(cfg.n_keys, device=valid.device)
@@ -243,7 +250,7 @@ class AudioTower(nn.Module):
 
 
 def windows(x: Tensor, cfg: AudioConfig, fill: float) -> Tensor:
-    """Overlapping contexts of keys, one for each chunk of queries: `[sound, chunk, ..., key_pos]`."""
+    """Overlapping contexts of keys, one for each chunk: `[sound, chunk, ..., key_pos]`."""
     tail = cfg.n_right + cfg.chunk - 1
     padding = (*(0, 0) * (x.ndim - 2), cfg.n_left - 1, tail)
     return F.pad(x, padding, value=fill).unfold(1, cfg.n_keys, cfg.chunk)
@@ -256,7 +263,7 @@ def clamped(x: Tensor, cfg: AudioConfig) -> Tensor:
 
 
 def _sinusoids(distances: Tensor, d: int) -> Float[Tensor, "distance d"]:
-    """Sines, then cosines, of the distance at wavelengths growing from 2 pi to 10,000 times that."""
+    """Sines, then cosines, of the distance at wavelengths from 2 pi to 10,000 times that."""
     n = d // 2
     rates = torch.exp(
         torch.arange(n, device=distances.device) * -(math.log(10_000.0) / max(n - 1, 1))

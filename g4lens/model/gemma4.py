@@ -71,13 +71,15 @@ class Gemma4(TextModel, Watched):
         """Next-token logits, after the soft cap.
 
         Args:
-            inputs: text, ids `[batch, pos]`, a Prompt, a list of them (left-padded), or a mapping with
-                the names that transformers' Gemma 4 processor uses.
-            read: the positions whose logits are wanted, counted over each prompt's own tokens, negative
-                from its end; only what they need is computed.
+            inputs: text, ids `[batch, pos]`, a Prompt, a list of them (left-padded), or a mapping
+                with the names that transformers' Gemma 4 processor uses.
+            read: the positions whose logits are wanted, counted over each prompt's own tokens,
+                negative from its end; only what they need is computed.
             stop: run only the blocks before this one and return the `State` that enters it.
-            state: enter at a block, in place of `inputs`; as `cache.state(layer)` or `stop` give it.
-            past: keys and values of the positions before the inputs, as a `State` of theirs holds them.
+            state: enter at a block, in place of `inputs`; as `cache.state(layer)` or `stop` give
+                it.
+            past: keys and values of the positions before the inputs, as a `State` of theirs holds
+                them.
             chunk: run so many positions at a time, with the same result.
 
         Returns:
@@ -116,8 +118,8 @@ class Gemma4(TextModel, Watched):
     ) -> State:
         """Run prepared inputs through the blocks, all at once or chunk by chunk.
 
-        Args:
-            index: the rows to read, on the CPU. Chunks read the rows that any prompt of the batch reads.
+        `index` names the rows to read, on the CPU. Chunks read the rows that any prompt of the batch
+                reads.
         """
         n, soft = batch.tokens.shape[1], self._soft_tokens(batch)
         kv = KeyValues(keep=stop is not None) if past is None else past
@@ -160,7 +162,7 @@ class Gemma4(TextModel, Watched):
         return Rows(positions.to(self.device), first), lengths
 
     def _soft_tokens(self, batch: Batch) -> Soft:
-        """Where soft tokens stand in the batch, and what the towers make of its pictures and sounds."""
+        """Where soft tokens stand, and what the towers make of the pictures and sounds."""
         soft: list[tuple[Tensor, Tensor]] = []
         if batch.pixels is not None and self.vision is not None:
             where = batch.tokens == self.cfg.image_id
@@ -219,7 +221,7 @@ class Gemma4(TextModel, Watched):
         state: State,
         step: int,
     ) -> tuple[Float[Tensor, "batch d_vocab"], State]:
-        """The logits behind one more token of each prompt, the `step`-th generated, and the new state."""
+        """The logits behind one more token of each prompt, the `step`-th, and the new state."""
         before = state.rows
         rows = Rows(before.positions + 1, before.end)
         with running(step):
@@ -239,7 +241,8 @@ class Gemma4(TextModel, Watched):
     def prompt(self, *parts: Any) -> Prompt:
         """Text, `Image`s and `Audio`s in the order given, behind exactly one <bos>.
 
-        Raises: InputError: a part that cannot be taken, or a model without processor or tower for it.
+        Raises: InputError: a part that cannot be taken, or a model without processor or tower for
+        it.
         """
         return self._processor().prompt(*parts)
 

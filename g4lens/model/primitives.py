@@ -34,6 +34,7 @@ class RMSNorm(nn.Module):
         self.hook_normalized = HookPoint(axes)
 
     def forward(self, x: Float[Tensor, "*axes d"]) -> Float[Tensor, "*axes d"]:
+        """The normalised input, in its own dtype."""
         wide = widened(x)
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / self.d
         scale = self.hook_scale((mean_square + self.eps).sqrt())
@@ -54,6 +55,7 @@ class ClippedLinear(nn.Linear):
             self.register_buffer(f"{side}_max", torch.tensor(torch.inf))
 
     def forward(self, x: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes d_out"]:
+        """The clamped output of the clamped input."""
         x = super().forward(x.clamp(self.input_min, self.input_max))
         return x.clamp(self.output_min, self.output_max)
 
@@ -77,6 +79,7 @@ class MLP(nn.Module):
         self.hook_out = HookPoint("batch pos d_model")
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the MLP makes of the normalised stream."""
         pre = self.hook_pre(self.gate_proj(x))
         pre_linear = self.hook_pre_linear(self.up_proj(x))
         post = self.hook_post(F.gelu(pre, approximate="tanh") * pre_linear)

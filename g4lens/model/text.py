@@ -1,15 +1,18 @@
 """The text decoder of Gemma 4: blocks over one residual stream.
 
-One block, top to bottom. `ln` is an RMSNorm; the field calls the slots ln1, ln1_post, ln2, ln2_post.
+One block, top to bottom. `ln` is an RMSNorm; the field calls the slots ln1, ln1_post, ln2,
+ln2_post.
 
     resid_pre ──┬─ ln1 ─ attention ─ ln1_post ─(+)── resid_mid
                 └───────────────────────────────┘
     resid_mid ──┬─ ln2 ─ gated MLP ─ ln2_post ─(+)── resid_pre_ple
                 └──────────────────────────────┘
-    resid_pre_ple ─┬─ gate · this block's own token embedding ─ project ─ ln ─(+)─ × scalar ── resid_post
+    resid_pre_ple ─┬─ gate · this block's own token embedding ─ project ─ ln ─(+)─ × scalar ──
+    resid_post
                    └─────────────────────────────────────────────────────────┘
 
-In E2B four of every five blocks attend to the last 512 positions, the fifth to all of them. Blocks 15
+In E2B four of every five blocks attend to the last 512 positions, the fifth to all of them. Blocks
+15
 to 34 own no keys or values: local ones read block 13's, global ones block 14's. So after block 14,
 the horizon, positions exchange nothing new, and only those whose logits are read need computing.
 
@@ -49,7 +52,8 @@ PLE_ALL = "batch pos layer d_ple"
 class Embed(nn.Module):
     """Token embeddings, and the per-layer embeddings that every block receives directly.
 
-    The context half of those is computed from the embeddings as edited: it follows `hook_embed`. The
+    The context half of those is computed from the embeddings as edited: it follows `hook_embed`.
+        The
     token half depends on the token alone.
     """
 
@@ -114,7 +118,8 @@ class Attention(nn.Module):
     def keys_values(self, x: Resid, run: "Run", kv: KeyValues) -> KeysValues:
         """What this block attends to: its own keys and values, which `kv` receives, or its owner's.
 
-        An edit of `hook_rot_k` or `hook_norm_v` in an owner reaches every reader; in a reader it stays there.
+        An edit of `hook_rot_k` or `hook_norm_v` in an owner reaches every reader; in a reader it
+        stays there.
         """
         if self.owns_kv:
             at_keys(run.rows.positions)
@@ -128,6 +133,7 @@ class Attention(nn.Module):
         return self.hook_rot_k(kv.keys[self.source]), self.hook_norm_v(kv.values[self.source])
 
     def forward(self, x: Resid, keys_values: KeysValues, run: "Run", keys: Rows) -> Resid:
+        """What the heads read, before ln1_post. `keys` says which positions the keys are."""
         q = self.hook_q(self.q_proj(x).unflatten(-1, (-1, self.d_head)))
         q = self.hook_rot_q(rotate(self.q_norm(q), run.angles(self.layer)))
         k, v = keys_values
@@ -150,6 +156,7 @@ class PerLayerInput(nn.Module):
         self.hook_post = HookPoint(PLE)
 
     def forward(self, x: Resid, ple: Float[Tensor, "batch pos d_ple"]) -> Resid:
+        """What the gated embedding adds, before ln_ple_post."""
         pre = self.hook_pre(self.gate(x))
         return self.project(self.hook_post(F.gelu(pre, approximate="tanh") * ple))
 
@@ -257,8 +264,8 @@ class TextModel(HookedModule):
             tokens: ids, with the pad id where soft tokens stand.
             rows: the positions of the tokens.
             lengths: the number of tokens of each prompt.
-            soft: which tokens are soft `[batch, pos]`, and the embeddings `[soft_token, d_model]` to put
-                there, in order.
+            soft: which tokens are soft `[batch, pos]`, and the embeddings `[soft_token, d_model]`
+                to put there, in order.
             past: keys and values of earlier positions.
         """
         at_rows(rows.positions, lengths)

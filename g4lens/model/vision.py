@@ -1,6 +1,7 @@
 """The vision tower: patches of a picture in, soft tokens for the decoder out.
 
-    patches ─ Linear + table[x] + table[y] ─ blocks ─ mean of 3 x 3 ─ * sqrt(d) ─ norm ─ Linear ── soft tokens
+    patches ─ Linear + table[x] + table[y] ─ blocks ─ mean of 3 x 3 ─ * sqrt(d) ─ norm ─ Linear ──
+    soft tokens
 
 A block has the decoder's two sandwiched sublayers, without mask, per-layer embedding or scalar:
 
@@ -9,7 +10,8 @@ A block has the decoder's two sandwiched sublayers, without mask, per-layer embe
 Half of each head turns with the patch's column, half with its row. Every linear map of a block may
 clamp its inputs and outputs to stored bounds.
 
-Source: `Gemma4VisionModel` and `Gemma4MultimodalEmbedder` in transformers' `models/gemma4/modeling_gemma4.py`.
+Source: `Gemma4VisionModel` and `Gemma4MultimodalEmbedder` in transformers'
+`models/gemma4/modeling_gemma4.py`.
 """
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from g4lens.attention import explicit_attention, fused_attention
 from g4lens.config import VisionConfig
 from g4lens.hooks import HookPoint, at_keys, at_rows
-from g4lens.model.primitives import MLP, RMSNorm, rotary_angles, rotate, linear, widened
+from g4lens.model.primitives import MLP, RMSNorm, linear, rotary_angles, rotate, widened
 
 Patches = Float[Tensor, "image pos d_model"]
 PatchPositions = Int[Tensor, "image pos 2"]
@@ -57,6 +59,7 @@ class VisionAttention(nn.Module):
         self.hook_out = HookPoint(RESID)
 
     def forward(self, x: Patches, angles: tuple[Angles, Angles], mask: Mask | None) -> Patches:
+        """What the heads bring together. `angles` turn by column and by row."""
         q = self.hook_q(self._heads(self.q_proj(x)))
         k = self.hook_k(self._heads(self.k_proj(x)))
         v = self.hook_v(self._heads(self.v_proj(x)))
@@ -89,6 +92,7 @@ class VisionBlock(nn.Module):
         self.hook_resid_post = HookPoint(RESID)
 
     def forward(self, resid: Patches, angles: tuple[Angles, Angles], mask: Mask | None) -> Patches:
+        """The stream behind the block."""
         resid_pre = self.hook_resid_pre(resid)
         attn_out = self.hook_attn_out(self.ln1_post(self.attn(self.ln1(resid_pre), angles, mask)))
         resid_mid = self.hook_resid_mid(resid_pre + attn_out)
@@ -145,7 +149,7 @@ class VisionTower(nn.Module):
     def _pool(
         self, resid: Patches, positions: PatchPositions, valid: Tensor
     ) -> tuple[Float[Tensor, "image soft_token d_model"], Bool[Tensor, "image soft_token"]]:
-        """Mean over squares of patches, times sqrt(d_model), in float32; and which of them exist."""
+        """Mean over squares of patches, times sqrt(d_model), in float32; and which exist."""
         side = self.cfg.pooling
         n_tokens = positions.shape[1] // side**2
         x, y = (positions // side).unbind(-1)

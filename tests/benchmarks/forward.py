@@ -1,4 +1,4 @@
-"""How fast is a forward pass, what do hooks and caches cost, beside transformers and TransformerLens.
+"""How fast is a forward pass, what do hooks and caches cost, beside other libraries.
 
     python -m tests.benchmarks.forward [plain] [cache] [idle] [generate] [--rounds N]
 
