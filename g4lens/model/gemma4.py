@@ -49,12 +49,25 @@ class Gemma4(TextModel, Watched):
         self.vision = None if cfg.vision is None else VisionTower(cfg.vision, cfg.d_model)
         self.audio = None if cfg.audio is None else AudioTower(cfg.audio, cfg.d_model)
         self.processor = processor
+        self.origin: Any = None  # what load() says of where the weights are from
         self.register_hook_points()
 
     @property
     def device(self) -> torch.device:
         """Where the decoder's weights are."""
         return self.blocks[0].scalar.device
+
+    @property
+    def source(self) -> Any:
+        """Path, revision, hashes and load options: what rebuilds this very model elsewhere.
+
+        Raises:
+            InputError: the model was made in memory. WeightsError: its weights were edited since.
+        """
+        if self.origin is None:
+            raise InputError("this model was made in memory, not loaded: it has no source")
+        self.origin.check(self)
+        return self.origin
 
     # ---- running
 

@@ -1,0 +1,113 @@
+"""Load a model: the bundled one, a folder, or one of the hub's. The only module that may use the network."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from g4lens.config import Gemma4Config
+from g4lens.errors import HubError, InputError, did_you_mean
+from g4lens.inputs.processor import Processor
+from g4lens.model.gemma4 import Gemma4
+from g4lens.resources import bundled
+from g4lens.weights import Source, load_weights
+
+BUNDLED = ("tiny",)
+# No pickles and no code, whatever else a repository holds.
+WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "auto",
+    revision: str | None = None,
+) -> Gemma4:
+    """A model, frozen and ready to run.
+
+    Args:
+        name: "tiny" for the bundled model, a folder as transformers saves it or the hub ships it, or a
+            name on the hub such as "google/gemma-4-E2B-it".
+        dtype: "float32", "bfloat16", "float16" or "float64"; by default as stored.
+        device: "auto" takes cuda, mps or cpu, the first there is.
+        revision: a branch, tag or commit of a model on the hub.
+
+    Raises:
+        InputError: no such folder or name, or an unknown dtype or device.
+        ConfigError: a config.json that g4lens does not compute.
+        WeightsError: tensors that are missing, superfluous, misshapen or unreadable.
+        HubError: a model that could not be fetched.
+    """
+    wanted_dtype, wanted_device = _dtype(dtype), _device(device)
+    folder = resolve(name, revision)
+    cfg = Gemma4Config.from_json(folder)
+    has_tokenizer = (folder / "tokenizer.json").is_file() or any(folder.glob("*.model"))
+    processor = Processor.from_folder(folder, cfg) if has_tokenizer else None
+    with torch.device("meta"):
+        model = Gemma4(cfg, processor)
+    unused = load_weights(model, folder, wanted_dtype)
+    kept = None if wanted_dtype is None else str(wanted_dtype).removeprefix("torch.")
+    model.origin = Source(str(name), folder, revision, kept, str(device), tuple(unused))
+    return model.to(wanted_device).requires_grad_(False).eval()
+
+
+def resolve(name: str | Path, revision: str | None = None) -> Path:
+    """The folder that a name means; fetched from the hub if need be. Errors: as `load`."""
+    if str(name) in BUNDLED:
+        folder = bundled("data", str(name))
+    elif Path(name).is_dir():
+        folder = Path(name)
+    elif isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return _fetched(name, revision)
+    else:
+        raise InputError(
+            f"{str(name)!r} is no folder, no bundled model ({', '.join(BUNDLED)}) and no name on the hub "
+            f"(owner/model).{did_you_mean(str(name), BUNDLED)}"
+        )
+    if revision is not None:
+        raise InputError(f"revision={revision!r} is for models on the hub, but {name} is a folder")
+    return folder
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    """A snapshot of a model on the hub, from the local cache where it is there already."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED)))
+    except errors.GatedRepoError:
+        raise HubError(
+            f"{name} is gated: accept its licence on its page, then log in with `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise HubError(f"{name} has no revision {revision!r} on the hub") from None
+    except errors.RepositoryNotFoundError:
+        raise HubError(f"{name}: no such folder here and no such model on the hub") from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise HubError(
+            f"{name} is not in the local cache and the hub could not be reached ({error}): fetch it "
+            "where there is a network, or give its folder"
+        ) from None
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None or name in DTYPES:
+        return None if dtype is None else getattr(torch, name)
+    raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.{did_you_mean(name, DTYPES)}")
+
+
+def _device(device: torch.device | str) -> torch.device:
+    if str(device) == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"device {str(device)!r} cannot be used here: {reason}") from None
+    return found

@@ -1,0 +1,317 @@
+"""Released weights: the one map of names, read strictly, written back, and told apart from edits.
+
+A checkpoint is complete or an error. Nothing is unpickled: tensors come from safetensors only.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from g4lens.errors import WeightsError, listed
+from g4lens.model.gemma4 import Gemma4
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+# ---- the names: ours on the left, those of transformers' models/gemma4 on the right
+
+TEXT = {
+    "embed.tokens": "embed_tokens",
+    "embed.ple_tokens": "embed_tokens_per_layer",
+    "embed.ple_context": "per_layer_model_projection",
+    "embed.ple_norm": "per_layer_projection_norm",
+    "ln_final": "norm",
+}
+TEXT_BLOCK = {
+    "attn": "self_attn",
+    "ple.gate": "per_layer_input_gate",
+    "ple.project": "per_layer_projection",
+    "ln1": "input_layernorm",
+    "ln1_post": "post_attention_layernorm",
+    "ln2": "pre_feedforward_layernorm",
+    "ln2_post": "post_feedforward_layernorm",
+    "ln_ple_post": "post_per_layer_input_norm",
+    "scalar": "layer_scalar",
+}
+VISION = {
+    "patch_embed": "vision_tower.patch_embedder.input_proj",
+    "pos_embed": "vision_tower.patch_embedder.position_embedding_table",
+    "project": "embed_vision.embedding_projection",
+}
+AUDIO = {
+    "subsample.conv1": "audio_tower.subsample_conv_projection.layer0.conv",
+    "subsample.conv2": "audio_tower.subsample_conv_projection.layer1.conv",
+    "subsample.ln1": "audio_tower.subsample_conv_projection.layer0.norm",
+    "subsample.ln2": "audio_tower.subsample_conv_projection.layer1.norm",
+    "subsample.project": "audio_tower.subsample_conv_projection.input_proj_linear",
+    "out_proj": "audio_tower.output_proj",
+    "project": "embed_audio.embedding_projection",
+}
+AUDIO_BLOCK = {
+    "ffn1.ln1_post": "feed_forward1.post_layer_norm",
+    "ffn1.ln1": "feed_forward1.pre_layer_norm",
+    "ffn1.up_proj": "feed_forward1.ffw_layer_1",
+    "ffn1.down_proj": "feed_forward1.ffw_layer_2",
+    "ffn2.ln1_post": "feed_forward2.post_layer_norm",
+    "ffn2.ln1": "feed_forward2.pre_layer_norm",
+    "ffn2.up_proj": "feed_forward2.ffw_layer_1",
+    "ffn2.down_proj": "feed_forward2.ffw_layer_2",
+    "attn.o_proj": "self_attn.post",
+    "attn.distance_proj": "self_attn.relative_k_proj",
+    "attn.channel_scale": "self_attn.per_dim_scale",
+    "attn": "self_attn",
+    "conv.ln1": "lconv1d.pre_layer_norm",
+    "conv.ln_conv": "lconv1d.conv_norm",
+    "conv.in_proj": "lconv1d.linear_start",
+    "conv.out_proj": "lconv1d.linear_end",
+    "conv.conv": "lconv1d.depthwise_conv1d",
+    "ln1": "norm_pre_attn",
+    "ln1_post": "norm_post_attn",
+    "ln_out": "norm_out",
+}
+DEAD = ("k_proj", "v_proj", "k_norm", "v_norm")
+
+
+def released_name(name: str, text_only: bool = False) -> str:
+    """The released name of one of our parameters or buffers, as in `Gemma4ForConditionalGeneration`.
+
+    Args:
+        name: as in `model.state_dict()`.
+        text_only: as in `Gemma4ForCausalLM` instead.
+    """
+    tower, _, rest = name.partition(".")
+    if tower == "vision":
+        return "model." + _renamed(_linear(rest), VISION, TEXT_BLOCK, "vision_tower.encoder.layers")
+    if tower == "audio":
+        return "model." + _renamed(_linear(rest), AUDIO, AUDIO_BLOCK, "audio_tower.layers")
+    return ("model." if text_only else "model.language_model.") + _renamed(
+        name, TEXT, TEXT_BLOCK, "layers"
+    )
+
+
+def _linear(name: str) -> str:
+    """The linear maps of a tower's blocks keep their weight one module deeper, beside the bounds."""
+    clipped = re.fullmatch(r"(blocks\..*_proj)\.weight", name)
+    if clipped is None or name.endswith("distance_proj.weight"):  # that one has no bounds
+        return name
+    return f"{clipped[1]}.linear.weight"
+
+
+def _renamed(name: str, outer: Mapping[str, str], inner: Mapping[str, str], blocks: str) -> str:
+    block = re.match(r"blocks\.(\d+)\.", name)
+    rest, table = (name[block.end() :], inner) if block else (name, outer)
+    known = max((k for k in table if rest == k or rest.startswith(f"{k}.")), key=len, default="")
+    rest = table.get(known, known) + rest[len(known) :]
+    return f"{blocks}.{block[1]}.{rest}" if block else rest
+
+
+# ---- reading
+
+
+def load_weights(model: Gemma4, folder: str | Path, dtype: torch.dtype | None = None) -> list[str]:
+    """Give a model, built on any device, the weights of a checkpoint's folder.
+
+    Args:
+        model: its parameters and buffers are replaced.
+        folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
+        dtype: what to convert to; by default the one that the token embedding is stored in.
+
+    Returns:
+        The tensors that the checkpoint holds and the model deliberately does not use: keys and values of
+        blocks that read those of others, and a copy of the tied embedding.
+
+    Raises:
+        WeightsError: what is missing, superfluous, misshapen or unreadable. The model is then untouched.
+    """
+    files = Checkpoint(Path(folder))
+    names, unused = matched(model, files)
+    dtype = dtype or files.dtype(names["embed.tokens.weight"])
+    tensors = {ours: files.tensor(theirs).to(dtype) for ours, theirs in names.items()}
+    if "lm_head.weight" in unused:
+        tied = files.tensor("lm_head.weight").to(dtype)
+        if not torch.equal(tied, tensors["embed.tokens.weight"]):
+            raise WeightsError(f"{folder}: lm_head.weight differs from the embedding it is tied to")
+    model.load_state_dict(tensors, assign=True)
+    return unused
+
+
+def matched(model: Gemma4, files: "Checkpoint") -> tuple[dict[str, str], list[str]]:
+    """Which released tensor each of ours is, strictly both ways, and which are not used.
+
+    Raises: WeightsError: names the missing, the superfluous and the misshapen.
+    """
+    held = files.shapes
+    text_only = not any(name.startswith("model.language_model.") for name in held)
+    wanted = {name: released_name(name, text_only) for name in model.state_dict()}
+    dead = {
+        f"{released_name(f'blocks.{layer}.attn', text_only)}.{part}.weight"
+        for layer in range(model.cfg.horizon + 1, model.cfg.n_layers)
+        for part in DEAD
+    }
+    unused = sorted(name for name in held if name in dead or name == "lm_head.weight")
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    faults = {
+        "missing": [theirs for theirs in wanted.values() if theirs not in held],
+        "superfluous": sorted(set(held) - set(wanted.values()) - set(unused)),
+        "misshapen": [
+            f"{theirs} {held[theirs]}, expected {shapes[ours]}"
+            for ours, theirs in wanted.items()
+            if theirs in held and held[theirs] != shapes[ours]
+        ],
+    }
+    told = [f"{len(names)} {what}: {listed(names)}" for what, names in faults.items() if names]
+    if told:
+        raise WeightsError(f"{files.folder}: {'; '.join(told)}")
+    return wanted, unused
+
+
+class Checkpoint:
+    """The safetensors files of a folder, their headers read and checked.
+
+    Raises: WeightsError: no file, only pickles, an index that leads astray, or an unreadable file.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.where = self._indexed() if self._index.is_file() else self._single()
+        self.files = sorted(set(self.where.values()))
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
+        for path in self.files:
+            self._read_header(path)
+        if lost := sorted(set(self.where) - set(self.shapes)):
+            raise WeightsError(f"{self._index}: {len(lost)} tensors not in their shard: {listed(lost)}")
+
+    @property
+    def _index(self) -> Path:
+        return self.folder / "model.safetensors.index.json"
+
+    def _single(self) -> dict[str, Path]:
+        path = self.folder / "model.safetensors"
+        if path.is_file():
+            return dict.fromkeys(self._names(path), path)
+        pickles = sorted(found.name for kind in PICKLES for found in self.folder.glob(kind))
+        also = f"; {listed(pickles)} would have to be unpickled, which g4lens never does" if pickles else ""
+        raise WeightsError(f"{self.folder}: no model.safetensors and no index of shards{also}")
+
+    def _indexed(self) -> dict[str, Path]:
+        try:
+            entries = json.loads(self._index.read_text(encoding="utf-8"))["weight_map"].items()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsError(f"{self._index}: no index of safetensors shards ({error!r})") from None
+        shards = {str(shard) for _, shard in entries}
+        if outside := sorted(s for s in shards if Path(s).name != s or s in ("", ".", "..")):
+            raise WeightsError(f"{self._index}: shards outside the folder: {listed(outside)}")
+        if absent := sorted(s for s in shards if not (self.folder / s).is_file()):
+            raise WeightsError(f"{self._index}: {len(absent)} shards are absent: {listed(absent)}")
+        return {name: self.folder / str(shard) for name, shard in entries}
+
+    def _names(self, path: Path) -> Iterable[str]:
+        with _opened(path) as file:
+            return list(file.keys())
+
+    def _read_header(self, path: Path) -> None:
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                if self.where.get(name) != path:
+                    raise WeightsError(f"{path}: holds {name}, which the index does not place there")
+                view = file.get_slice(name)
+                self.shapes[name], self._dtypes[name] = tuple(view.get_shape()), view.get_dtype()
+                if view.get_dtype() not in DTYPES:
+                    raise WeightsError(
+                        f"{path}: {name} is stored as {view.get_dtype()}, expected one of {listed(DTYPES)}"
+                    )
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor is stored in."""
+        return DTYPES[self._dtypes[name]]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor. Raises: WeightsError: its file cannot be read."""
+        with _opened(self.where[name]) as file:
+            return file.get_tensor(name)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{path}: truncated, or no safetensors file ({error})") from None
+
+
+# ---- writing, and where weights are from
+
+
+def save(model: Gemma4, folder: str | Path) -> None:
+    """Write a model's weights as the hub lays them out, to `model.safetensors`.
+
+    The file appears whole or not at all.
+    """
+    folder = Path(folder)
+    text_only = model.cfg.vision is None and model.cfg.audio is None
+    tensors = {
+        released_name(name, text_only): x.detach().cpu().contiguous()
+        for name, x in model.state_dict().items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / "model.safetensors")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What rebuilds a loaded model: `g4lens.load(name, dtype=dtype, device=device, revision=revision)`.
+
+    Attributes:
+        name: as it was given to `load`.
+        path: the folder that the weights are in.
+        revision: of a model from the hub.
+        dtype, device: as they were given to `load`.
+        unused: the checkpoint's tensors that the model does not use.
+    """
+
+    name: str
+    path: Path
+    revision: str | None
+    dtype: str | None
+    device: str
+    unused: tuple[str, ...] = ()
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """The sha256 of each weight file, by file name."""
+        return {path.name: _sha256(path) for path in Checkpoint(self.path).files}
+
+    def check(self, model: Gemma4) -> None:
+        """Compare a model with the files it was loaded from, tensor by tensor.
+
+        Raises: WeightsError: it was edited since, or the files were.
+        """
+        files = Checkpoint(self.path)
+        names, _ = matched(model, files)
+        edited = [
+            ours
+            for ours, x in model.state_dict().items()
+            if not torch.equal(files.tensor(names[ours]).to(x.dtype), x.cpu())
+        ]
+        if edited:
+            raise WeightsError(
+                f"{len(edited)} weights differ from those in {self.path}: {listed(edited)}; a model that "
+                "was edited in memory has no source"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
