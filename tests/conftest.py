@@ -7,6 +7,8 @@ from g4lens.config import AudioConfig, Gemma4Config, VisionConfig
 from g4lens.inputs.batch import Batch
 from g4lens.model.gemma4 import Gemma4
 
+torch.set_num_threads(1)  # these tensors are small: a second thread costs more than it brings
+
 IMAGE, AUDIO, BOI, EOI, BOA, EOA, VIDEO = range(90, 97)
 
 

@@ -327,5 +327,5 @@ class TextModel(HookedModule):
 
 
 def _rounded(scale: float, dtype: torch.dtype) -> float:
-    """A scale as the weights' dtype holds it: in bfloat16 sqrt(1536) = 39.19 becomes 39.25."""
-    return torch.tensor(scale, dtype=dtype).item()
+    """A scale as transformers stores it, by way of float32: in bfloat16 sqrt(1536) is 39.25."""
+    return torch.tensor(scale, dtype=torch.float32).to(dtype).item()

@@ -111,7 +111,11 @@ def reference(
     config: Gemma4Config | Gemma4TextConfig, seed: int = 0, attention: str = "eager"
 ) -> Gemma4ForConditionalGeneration | Gemma4ForCausalLM:
     """A random model of transformers; text-only for a text config."""
-    kind = Gemma4ForCausalLM if isinstance(config, Gemma4TextConfig) else Gemma4ForConditionalGeneration
+    kind = (
+        Gemma4ForCausalLM
+        if isinstance(config, Gemma4TextConfig)
+        else Gemma4ForConditionalGeneration
+    )
     return randomise(kind._from_config(config, attn_implementation=attention), seed)
 
 
@@ -126,7 +130,9 @@ def as_hub(folder: Path, dtype: torch.dtype = torch.float32, n_shards: int = 2) 
     text["global_head_dim"] = next(iter(overrides.values()))["head_dim"]
     (folder / "config.json").write_text(json.dumps(raw))
     tensors = {k: v.to(dtype) for k, v in load_file(folder / "model.safetensors").items()}
-    for layer in range(text["num_hidden_layers"] - text["num_kv_shared_layers"], text["num_hidden_layers"]):
+    for layer in range(
+        text["num_hidden_layers"] - text["num_kv_shared_layers"], text["num_hidden_layers"]
+    ):
         at = f"model.language_model.layers.{layer}.self_attn"
         is_global = text["layer_types"][layer] == GLOBAL
         d_head = text["global_head_dim"] if is_global else text["head_dim"]
