@@ -96,7 +96,9 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     name = str(dtype).removeprefix("torch.")
     if dtype is None or name in DTYPES:
         return None if dtype is None else getattr(torch, name)
-    raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.{did_you_mean(name, DTYPES)}")
+    raise InputError(
+        f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.{did_you_mean(name, DTYPES)}"
+    )
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -99,9 +99,8 @@ class Parts:
 
         Returns:
             The parts `[part, batch, pos, d_model]`, which sum to `blocks.{layer}.hook_resid_pre`
-            over
-            the positions that all parts hold, and their labels: "embed", "0_attn_out" (or "L0H3"),
-            "0_mlp_out", "0_ple_out", ..., and "edit" for what hooks changed in the stream itself.
+            over the positions that all parts hold, and their labels: "embed", "0_attn_out" (or
+            "L0H3"), "0_mlp_out", "0_ple_out", ..., and "edit" for what hooks changed in the stream.
 
         Raises: CacheError: a part was not cached, or they share no position.
         """

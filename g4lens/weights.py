@@ -190,7 +190,9 @@ class Checkpoint:
         for path in self.files:
             self._read_header(path)
         if lost := sorted(set(self.where) - set(self.shapes)):
-            raise WeightsError(f"{self._index}: {len(lost)} tensors not in their shard: {listed(lost)}")
+            raise WeightsError(
+                f"{self._index}: {len(lost)} tensors not in their shard: {listed(lost)}"
+            )
 
     @property
     def _index(self) -> Path:
@@ -201,14 +203,20 @@ class Checkpoint:
         if path.is_file():
             return dict.fromkeys(self._names(path), path)
         pickles = sorted(found.name for kind in PICKLES for found in self.folder.glob(kind))
-        also = f"; {listed(pickles)} would have to be unpickled, which g4lens never does" if pickles else ""
+        also = (
+            f"; {listed(pickles)} would have to be unpickled, which g4lens never does"
+            if pickles
+            else ""
+        )
         raise WeightsError(f"{self.folder}: no model.safetensors and no index of shards{also}")
 
     def _indexed(self) -> dict[str, Path]:
         try:
             entries = json.loads(self._index.read_text(encoding="utf-8"))["weight_map"].items()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{self._index}: no index of safetensors shards ({error!r})") from None
+            raise WeightsError(
+                f"{self._index}: no index of safetensors shards ({error!r})"
+            ) from None
         shards = {str(shard) for _, shard in entries}
         if outside := sorted(s for s in shards if Path(s).name != s or s in ("", ".", "..")):
             raise WeightsError(f"{self._index}: shards outside the folder: {listed(outside)}")
@@ -224,7 +232,9 @@ class Checkpoint:
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 if self.where.get(name) != path:
-                    raise WeightsError(f"{path}: holds {name}, which the index does not place there")
+                    raise WeightsError(
+                        f"{path}: holds {name}, which the index does not place there"
+                    )
                 view = file.get_slice(name)
                 self.shapes[name], self._dtypes[name] = tuple(view.get_shape()), view.get_dtype()
                 if view.get_dtype() not in DTYPES:

@@ -1,20 +1,24 @@
 """Conversations: rendered by the checkpoint's template, parsed back out of what the model wrote.
 
-Gemma 4 writes `<|turn>ROLE`, a newline, the content and `<turn|>`; a thought stands between `<|channel>thought`
-and `<channel|>`, a call of a tool between `<|tool_call>call:` and `<tool_call|>`. Nothing that a model wrote
-is ever evaluated.
+Gemma 4 writes `<|turn>ROLE`, a newline, the content and `<turn|>`; a thought stands between
+`<|channel>thought` and `<channel|>`, a call of a tool between `<|tool_call>call:` and
+`<tool_call|>`. Nothing that a model wrote is ever evaluated.
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from g4lens.errors import InputError
 
 QUOTE = '<|"|>'
 MAX_DEPTH = 32
+OPENING = re.compile(r"<\|channel>|<\|tool_call>")
+ENDING = re.compile(r"(<turn\|>|<eos>|<\|tool_response>|\s)+\Z")
 # What each pair of marks makes of the tokens between them
 SPANS = {
     "<|channel>": ("<channel|>", "thought"),
@@ -22,7 +26,16 @@ SPANS = {
     "<|tool_call>": ("<tool_call|>", "tool"),
     "<|tool_response>": ("<tool_response|>", "tool"),
 }
-ROLES = {"system": "system", "developer": "system", "user": "user", "model": "model", "assistant": "model"}
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "model": "model",
+    "assistant": "model",
+}
+# A noncharacter of Unicode: stands for "<" in all that a caller wrote while the template renders,
+# so that no text, and no joint of two, reads as a special token. Only the template writes those.
+SHIELD = "\ufdd0"
 
 
 @dataclass(frozen=True)
@@ -61,11 +74,10 @@ def render(
         add_generation_prompt: open the model's turn at the end.
         special: texts of special tokens by the names that templates use, as `bos_token`.
 
-    Raises: InputError: a message without role or of an unknown one, or whatever the template objects to.
+    Raises: InputError: a message without role or of an unknown one, or whatever the template
+        objects to.
     """
     import jinja2
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     if not messages:
         raise InputError("chat: no messages, expected at least one")
@@ -75,27 +87,106 @@ def render(
             raise InputError(
                 f"message {index} has role {role!r}, expected system, user, assistant, model or tool"
             )
+    try:
+        return (
+            _environment()
+            .from_string(template)
+            .render(
+                messages=messages,
+                tools=tools,
+                enable_thinking=thinking,
+                add_generation_prompt=add_generation_prompt,
+                **special,
+            )
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"the chat template's line {error.lineno} is wrong: {error}") from None
+    except jinja2.TemplateError as error:
+        raise InputError(f"the chat template refused the messages: {error}") from None
+    except Exception as error:  # a template can fail in as many ways as a program
+        raise InputError(
+            f"the chat template failed on the messages: {type(error).__name__}: {error}"
+        ) from None
+
+
+def _environment() -> Any:
+    """The sandbox, with what transformers' `utils/chat_template_utils.py` promises to templates."""
+    import jinja2
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(text: str) -> None:
         raise jinja2.TemplateError(text)
 
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    try:
-        return environment.from_string(template).render(
-            messages=messages,
-            tools=tools,
-            enable_thinking=thinking,
-            add_generation_prompt=add_generation_prompt,
-            **special,
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def shielded(
+    value: Any, split: Callable[[str], Sequence[str]], where: str, allowed: Container[str] = ()
+) -> Any:
+    """What a caller wrote, rebuilt of JSON's types for a template, with no special token in it.
+
+    Args:
+        value: a message, a declaration of a tool, or a part of one.
+        split: cuts a text at its special tokens, which are the parts of odd index.
+        where: names the value in errors.
+        allowed: special tokens that may stand in it.
+
+    Raises: InputError: a special token, which would forge the structure of the conversation; a
+        value that JSON cannot write; more than 32 levels of nesting.
+    """
+
+    def rebuilt(value: Any, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise InputError(f"{where} nests deeper than {MAX_DEPTH} levels")
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        if isinstance(value, str):
+            return text(value)
+        if isinstance(value, Mapping):
+            return {rebuilt(k, depth): rebuilt(v, depth + 1) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [rebuilt(item, depth + 1) for item in value]
+        raise InputError(
+            f"{where} holds a {type(value).__name__}, expected what JSON can write: mappings, "
+            "lists, texts, numbers, true, false and null"
         )
-    except jinja2.TemplateError as error:
-        raise InputError(f"the chat template refused the messages: {error}") from None
-    except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
-        raise InputError(f"the chat template failed on the messages: {error}") from None
+
+    def text(value: str) -> str:
+        if SHIELD in value:
+            raise InputError(f"{where} holds U+FDD0, which is no character")
+        parts = list(split(value))
+        if forged := [token for token in parts[1::2] if token not in allowed]:
+            raise InputError(
+                f"{where} holds the special token {forged[0]!r}, which would forge the structure "
+                "of the conversation: leave it out, give an Image or Audio in the place of a "
+                "placeholder, or write the whole prompt by hand with prompt(...)"
+            )
+        parts[::2] = [part.replace("<", SHIELD) for part in parts[::2]]
+        return "".join(parts)
+
+    return rebuilt(value, 0)
 
 
 def roles(texts: Sequence[str]) -> list[str | None]:
@@ -128,33 +219,36 @@ def roles(texts: Sequence[str]) -> list[str | None]:
 def parse(text: str) -> Reply:
     """Take apart what a model wrote.
 
+    A thought that was begun and not ended goes to the end of the text; empty ones are left out.
+
     Args:
         text: the generated text with its special tokens written out.
 
-    Raises: InputError: a call that is not written as Gemma 4 writes calls, or nests deeper than 32.
+    Raises: InputError: a call that is not written as Gemma 4 writes calls, or one with a value that
+        nests deeper than 32 levels.
     """
     thoughts: list[str] = []
-
-    def keep(found: re.Match[str]) -> str:
-        thoughts.append(found[1].strip())
-        return ""
-
-    rest = re.sub(r"<\|channel>thought\n(.*?)(?:<channel\|>|$)", keep, text, flags=re.DOTALL)
     calls: list[ToolCall] = []
     said: list[str] = []
-    while (start := rest.find("<|tool_call>")) >= 0:
-        said.append(rest[:start])
-        reader = _Reader(rest, start + len("<|tool_call>"))
-        calls.append(reader.call())
-        rest = rest[reader.at :]
-    answer = re.sub(r"(?:<turn\|>|<eos>|<\|tool_response>)+\s*$", "", "".join([*said, rest]))
-    return Reply(answer.strip(), tuple(thoughts), tuple(calls))
+    at = 0
+    while opening := OPENING.search(text, at):
+        said.append(text[at : opening.start()])
+        if opening[0] == "<|tool_call>":
+            reader = _Reader(text, opening.end())
+            calls.append(reader.call())
+            at = reader.at
+        else:
+            thought, _, _ = text[opening.end() :].partition("<channel|>")
+            at = min(len(text), opening.end() + len(thought) + len("<channel|>"))
+            thoughts.append(thought.removeprefix("thought").strip())
+    answer = ENDING.sub("", "".join([*said, text[at:]]))
+    return Reply(answer.strip(), tuple(filter(None, thoughts)), tuple(calls))
 
 
 class _Reader:
     """Reads one call, from left to right."""
 
-    NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?")
+    NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
     NAME = re.compile(r"[\w.\-]+")
     WORDS = (("true", True), ("false", False), ("null", None))
 
@@ -164,7 +258,7 @@ class _Reader:
     def call(self) -> ToolCall:
         self.expect("call:")
         name = self.match(self.NAME, "the name of a function")
-        arguments = self.mapping(1)
+        arguments = self.mapping(0)
         self.expect("<tool_call|>")
         return ToolCall(name, arguments)
 
@@ -176,6 +270,8 @@ class _Reader:
                 self.expect(",")
             quoted = self.text.startswith(QUOTE, self.at)
             key = self.string() if quoted else self.match(self.NAME, "a key")
+            if key in values:
+                raise self.error(f"no second {key!r}")
             self.expect(":")
             values[key] = self.value(depth)
         return values
@@ -190,19 +286,22 @@ class _Reader:
         return values
 
     def value(self, depth: int) -> Any:
-        if depth > MAX_DEPTH:
-            raise self.error(f"at most {MAX_DEPTH} levels of nesting")
-        if self.text.startswith("{", self.at):
-            return self.mapping(depth + 1)
-        if self.text.startswith("[", self.at):
-            return self.sequence(depth + 1)
+        if self.text.startswith(("{", "["), self.at):
+            if depth == MAX_DEPTH:
+                raise self.error(f"at most {MAX_DEPTH} levels of nesting")
+            is_mapping = self.text[self.at] == "{"
+            return self.mapping(depth + 1) if is_mapping else self.sequence(depth + 1)
         if self.text.startswith(QUOTE, self.at):
             return self.string()
         for word, meaning in self.WORDS:
             if self.take(word):
                 return meaning
-        number = self.match(self.NUMBER, "a value")
-        return float(number) if re.search(r"[.eE]", number) else int(number)
+        start, number = self.at, self.match(self.NUMBER, "a value")
+        value = float(number) if re.search(r"[.eE]", number) else int(number)
+        if value in (math.inf, -math.inf):
+            self.at = start
+            raise self.error("a number that fits in 64 bits")
+        return value
 
     def string(self) -> str:
         self.expect(QUOTE)
@@ -231,6 +330,4 @@ class _Reader:
 
     def error(self, expected: str) -> InputError:
         found = self.text[self.at : self.at + 30]
-        return InputError(
-            f"tool call: expected {expected} at character {self.at}, found {found!r}"
-        )
+        return InputError(f"tool call: expected {expected} at character {self.at}, found {found!r}")

@@ -34,7 +34,9 @@ class Image:
 
     def __init__(self, source: Any):
         if isinstance(source, str) and "://" in source:
-            raise InputError(f"Image({source!r}): found a URL, expected a path (g4lens fetches no media)")
+            raise InputError(
+                f"Image({source!r}): found a URL, expected a path (g4lens fetches no media)"
+            )
         self.source = Path(source) if isinstance(source, str) else source
 
     def __repr__(self) -> str:
@@ -57,7 +59,9 @@ class ImageSettings:
 
     def __post_init__(self) -> None:
         if self.max_soft_tokens not in BUDGETS:
-            raise InputError(f"max_soft_tokens is {self.max_soft_tokens!r}, expected one of {BUDGETS}")
+            raise InputError(
+                f"max_soft_tokens is {self.max_soft_tokens!r}, expected one of {BUDGETS}"
+            )
 
     @property
     def tile(self) -> int:
@@ -189,7 +193,9 @@ def _decoded(image: Image) -> Any:
                 source = io.BytesIO(source)
             opened = source if isinstance(source, PIL.Image.Image) else PIL.Image.open(source)
             if 0 in opened.size:
-                raise InputError(f"{name}: the picture is empty, {opened.size[0]} x {opened.size[1]}")
+                raise InputError(
+                    f"{name}: the picture is empty, {opened.size[0]} x {opened.size[1]}"
+                )
             if (found := opened.size[0] * opened.size[1]) > MAX_PIXELS:
                 raise InputError(f"{name}: {found:,} pixels, expected at most {MAX_PIXELS:,}")
             return PIL.ImageOps.exif_transpose(opened).convert("RGB")
@@ -202,7 +208,9 @@ def _decoded(image: Image) -> Any:
 def _as_bytes(array: np.ndarray, name: str) -> np.ndarray:
     """An array of pixels as uint8."""
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] != 3):
-        raise InputError(f"{name}: expected [height, width, 3] or [height, width], at least one pixel")
+        raise InputError(
+            f"{name}: expected [height, width, 3] or [height, width], at least one pixel"
+        )
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise InputError(f"{name}: expected at most {MAX_PIXELS:,} pixels")
     if array.dtype == np.uint8:

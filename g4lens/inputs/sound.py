@@ -34,7 +34,9 @@ class Audio:
         self.source = Path(source) if isinstance(source, str) else source
         self.rate = rate
         if isinstance(source, str) and "://" in source:
-            raise InputError(f"Audio({source!r}): found a URL, expected a path (g4lens fetches no media)")
+            raise InputError(
+                f"Audio({source!r}): found a URL, expected a path (g4lens fetches no media)"
+            )
         if isinstance(self.source, Path):
             if rate is not None:
                 raise InputError(f"{self}: rate={rate} given for a file, which knows its own")
@@ -144,7 +146,9 @@ def mel_frames(sound: Audio, settings: SoundSettings) -> MelFrames:
     if not mask.any():
         need = settings.frame // 2 + 1
         raise InputError(f"{sound}: {n} samples at {settings.rate} Hz, expected at least {need}")
-    window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(settings.frame) / settings.frame)).astype(np.float32)
+    window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(settings.frame) / settings.frame)).astype(
+        np.float32
+    )
     frames = np.lib.stride_tricks.sliding_window_view(padded, settings.frame)[starts] * window
     magnitude = np.abs(np.fft.rfft(frames, n=settings.n_fft, axis=-1))
     mel = np.log(magnitude @ mel_bands(settings) + settings.floor).astype(np.float32)
@@ -171,7 +175,9 @@ def _samples(sound: Audio, rate: int) -> np.ndarray:
     """Mono samples at the rate, float32, at most 30 s of them."""
     wave, found_rate, is_longer = _read(sound)
     if wave.ndim not in (1, 2) or 0 in wave.shape:
-        raise InputError(f"{sound}: samples are {wave.shape}, expected [sample] or [sample, channel], not empty")
+        raise InputError(
+            f"{sound}: samples are {wave.shape}, expected [sample] or [sample, channel], not empty"
+        )
     if not np.isfinite(wave).all():
         raise InputError(f"{sound}: the samples hold NaN or infinity")
     if not wave.any():
@@ -193,9 +199,11 @@ def _read(sound: Audio) -> tuple[np.ndarray, float, bool]:
         if np.issubdtype(samples.dtype, np.signedinteger):
             samples = samples / -float(np.iinfo(samples.dtype).min)
         elif not np.issubdtype(samples.dtype, np.floating):
-            raise InputError(f"{sound}: samples are {samples.dtype}, expected floats or signed integers")
+            raise InputError(
+                f"{sound}: samples are {samples.dtype}, expected floats or signed integers"
+            )
         most = round(MAX_SECONDS * sound.rate)
-        return samples[:most], sound.rate, len(samples) > most if samples.ndim else False
+        return samples[:most] if samples.ndim else samples, sound.rate, samples.ndim > 0 and len(samples) > most
     import soundfile
 
     if not sound.source.is_file():

@@ -1,7 +1,7 @@
 """Text into token ids and back, by a checkpoint's own tokenizer file.
 
-A checkpoint ships `tokenizer.json`, read by the library tokenizers, or a SentencePiece `*.model`, read by
-sentencepiece. This class makes the two alike: the same ids for the same text.
+A checkpoint ships `tokenizer.json`, read by the library tokenizers, or a SentencePiece `*.model`,
+read by sentencepiece. This class makes the two alike: the same ids for the same text.
 """
 
 import re
@@ -72,18 +72,32 @@ class Tokenizer:
             return cls(_SentencePiece(models[0]))
         raise InputError(f"{folder}: found neither tokenizer.json nor a SentencePiece *.model")
 
+    def split(self, text: str) -> list[str]:
+        """The text cut at its special tokens, which are the parts of odd index."""
+        return self._marks.split(text)
+
     def encode(self, text: str) -> list[int]:
-        """The text's ids, without <bos>."""
+        """The text's ids, without <bos>. Raises: InputError: it holds half of a surrogate pair."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = text[error.start]
+            raise InputError(
+                f"the text holds {found!r} at character {error.start}, half of a surrogate pair"
+            ) from None
         ids: list[int] = []
-        for part in self._marks.split(text):
-            if part in self.special:
+        for index, part in enumerate(self.split(text)):
+            if index % 2:
                 ids.append(self.special[part])
             elif part:
                 ids += self._backend.encode(part)
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """The ids' text; special tokens are written out, or left out. Raises: InputError: no such id."""
+        """The ids' text; special tokens are written out, or left out.
+
+        Raises: InputError: no such id.
+        """
         for id_ in ids:
             self._check(id_)
         return "".join(self._decoded(ids, skip_special))
@@ -122,6 +136,8 @@ class _Json:
             self._model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
             raise InputError(f"{path}: not readable as a tokenizer ({error})") from None
+        self._model.no_truncation()
+        self._model.no_padding()
         added = self._model.get_added_tokens_decoder()
         self.special = {token.content: id_ for id_, token in added.items() if token.special}
         self.n_vocab = self._model.get_vocab_size()

@@ -3,8 +3,7 @@
     mel frames ─ two stride-2 convolutions ─ Linear ─ blocks ─ Linear ─ norm ─ Linear ── soft tokens
 
 One block is a conformer: half a feed-forward step, attention over the last frames in chunks, a
-    causal
-convolution over time, half a feed-forward step, and a norm over the stream itself.
+causal convolution over time, half a feed-forward step, and a norm over the stream itself.
 
     resid_pre ── + ffn1/2 ── resid_mid ── + attention ── resid_pre_conv ── + convolution ──
     resid_pre_ffn2 ── + ffn2/2 ── ln_out ── resid_post

@@ -1,20 +1,18 @@
 """The text decoder of Gemma 4: blocks over one residual stream.
 
-One block, top to bottom. `ln` is an RMSNorm; the field calls the slots ln1, ln1_post, ln2,
-ln2_post.
+One block, top to bottom. Every `ln` is an RMSNorm; the field's names for the slots are kept.
 
     resid_pre ──┬─ ln1 ─ attention ─ ln1_post ─(+)── resid_mid
                 └───────────────────────────────┘
     resid_mid ──┬─ ln2 ─ gated MLP ─ ln2_post ─(+)── resid_pre_ple
                 └──────────────────────────────┘
-    resid_pre_ple ─┬─ gate · this block's own token embedding ─ project ─ ln ─(+)─ × scalar ──
-    resid_post
-                   └─────────────────────────────────────────────────────────┘
+    resid_pre_ple ─┬─ gate · per-layer embedding ─ project ─ ln_ple_post ─(+)─ * scalar ── resid_post
+                   └───────────────────────────────────────────────────────┘
 
-In E2B four of every five blocks attend to the last 512 positions, the fifth to all of them. Blocks
-15
-to 34 own no keys or values: local ones read block 13's, global ones block 14's. So after block 14,
-the horizon, positions exchange nothing new, and only those whose logits are read need computing.
+In E2B four of every five blocks attend to the last 512 positions, the fifth to all of them.
+Blocks 15 to 34 own no keys or values: local ones read block 13's, global ones block 14's. So after
+block 14, the horizon, positions exchange nothing new, and only those whose logits are read need
+computing.
 
 Source: `Gemma4TextModel` in transformers' `models/gemma4/modeling_gemma4.py`.
 """

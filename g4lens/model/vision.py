@@ -1,7 +1,6 @@
 """The vision tower: patches of a picture in, soft tokens for the decoder out.
 
-    patches ─ Linear + table[x] + table[y] ─ blocks ─ mean of 3 x 3 ─ * sqrt(d) ─ norm ─ Linear ──
-    soft tokens
+    patches ─ Linear + table[x] + table[y] ─ blocks ─ mean of 3 x 3 ─ norm ─ Linear ── soft tokens
 
 A block has the decoder's two sandwiched sublayers, without mask, per-layer embedding or scalar:
 

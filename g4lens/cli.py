@@ -1,0 +1,151 @@
+"""The command line: `g4lens info` says what a model is, `g4lens tutorial` opens the notebooks."""
+
+import argparse
+import filecmp
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+import g4lens
+from g4lens.config import Gemma4Config
+from g4lens.errors import G4LensError, InputError
+from g4lens.load import resolve
+from g4lens.model.gemma4 import Gemma4
+from g4lens.resources import bundled
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0, or 2 after an error, which is told in one line."""
+    parser = argparse.ArgumentParser(prog="g4lens", description=g4lens.__doc__)
+    parser.add_argument("--version", action="version", version=f"g4lens {g4lens.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    info_parser = commands.add_parser(
+        "info", help="geometry, blocks, parameters and hooks of a model"
+    )
+    info_parser.add_argument("name", help='"tiny", a folder, or a name on the hub')
+    info_parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+
+    tutorial_parser = commands.add_parser("tutorial", help="copy the notebooks and open them")
+    tutorial_parser.add_argument("folder", nargs="?", default="g4lens_tutorial", type=Path)
+    tutorial_parser.add_argument("--no-open", action="store_true", help="copy them only")
+
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "info":
+            print(info(args.name, args.revision))
+        else:
+            tutorial(args.folder, open_it=not args.no_open)
+    except G4LensError as error:
+        print(f"g4lens: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ---- info
+
+
+def info(name: str, revision: str | None = None) -> str:
+    """What a model is, from its `config.json` alone. Errors: those of `g4lens.load`."""
+    cfg = Gemma4Config.from_json(resolve(name, revision))
+    with torch.device("meta"):
+        model = Gemma4(cfg)
+    return "\n\n".join([_geometry(name, cfg), _blocks(cfg), _parameters(model), _hooks(model)])
+
+
+def _geometry(name: str, cfg: Gemma4Config) -> str:
+    lines = [
+        f"{name}: {cfg.n_layers} blocks, d_model {cfg.d_model}, vocabulary {cfg.d_vocab:,}, "
+        f"context {cfg.n_ctx:,}",
+        f"  attention  {cfg.n_heads} query heads, {cfg.n_kv_heads} key heads; d_head "
+        f"{cfg.d_head_local} local, {cfg.d_head_global} global; window {cfg.sliding_window}",
+        f"  MLP        {cfg.d_mlp_at(0)} wide in owners, {cfg.d_mlp_at(cfg.n_layers - 1)} in the last block",
+        f"  PLE        {cfg.d_ple} wide in each block",
+        f"  horizon    block {cfg.horizon}: after it positions exchange nothing new",
+    ]
+    for kind, tower in (("vision", cfg.vision), ("audio", cfg.audio)):
+        what = f"{tower.n_layers} blocks, d_model {tower.d_model}" if tower else "none"
+        lines.append(f"  {kind:<10} {what}")
+    return "\n".join(lines)
+
+
+def _blocks(cfg: Gemma4Config) -> str:
+    """A letter for each block, and whose keys and values it reads."""
+    letters = "".join("G" if cfg.is_global(i) else "L" for i in range(cfg.n_layers))
+    groups = [letters[i : i + 5] for i in range(0, cfg.n_layers, 5)]
+    lines = [f"blocks (L local, G global, in fives): {' '.join(groups)}"]
+    lines.append(f"  0 to {cfg.horizon} own keys and values")
+    for owner in range(cfg.horizon + 1):
+        if readers := cfg.readers(owner)[1:]:
+            kind = "global" if cfg.is_global(owner) else "local"
+            lines.append(f"  {', '.join(map(str, readers))} read those of block {owner} ({kind})")
+    return "\n".join(lines)
+
+
+def _parameters(model: Gemma4) -> str:
+    sizes = dict.fromkeys(("embedding", "PLE", "decoder", "vision", "audio"), 0)
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        if name.startswith("embed.tokens"):
+            part = "embedding"
+        elif name.startswith("embed.ple_tokens"):
+            part = "PLE"
+        sizes[part if part in sizes else "decoder"] += parameter.numel()
+    sizes["total"] = sum(sizes.values())
+    rows = [f"  {part:<10} {n:>15,}" for part, n in sizes.items()]
+    return "\n".join(["parameters (PLE: the table of per-layer embeddings)", *rows])
+
+
+def _hooks(model: Gemma4) -> str:
+    """The hook points, those of all blocks in one line."""
+    counts: dict[tuple[str, str], int] = {}
+    for name, point in model.hook_points.items():
+        key = re.sub(r"blocks\.\d+\.", "blocks.i.", name), " ".join(point.axes)
+        counts[key] = counts.get(key, 0) + 1
+    width = max(len(name) for name, _ in counts)
+    rows = [f"  {name:<{width}}  {n:>3}  {axes}" for (name, axes), n in counts.items()]
+    return "\n".join([f"{len(model.hook_points)} hook points: name, how many, axes", *rows])
+
+
+# ---- tutorial
+
+
+def tutorial(folder: Path, open_it: bool = True) -> None:
+    """Copy the notebooks to a folder and open them in JupyterLab, on this machine only.
+
+    Raises:
+        InputError: a notebook there was changed, or JupyterLab is not installed.
+    """
+    sources = sorted(bundled("notebooks").glob("*.ipynb"))
+    changed = [
+        source.name
+        for source in sources
+        if (folder / source.name).exists()
+        and not filecmp.cmp(source, folder / source.name, shallow=False)
+    ]
+    if changed:
+        raise InputError(
+            f"{folder} holds {', '.join(changed)} with changes: they would be lost; name another folder"
+        )
+    if open_it and find_spec("jupyterlab") is None:
+        raise InputError("JupyterLab is not installed: pip install 'g4lens[lab]', or use --no-open")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            shutil.copyfile(source, folder / source.name)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to ({error}): name another folder") from None
+    print(f"{len(sources)} notebooks in {folder.resolve()}")
+    if open_it:
+        command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--notebook-dir={folder}"]
+        subprocess.run(command, check=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Conversations: rendered in the sandbox, roles marked, calls parsed and never evaluated."""
+
+import pytest
+
+from g4lens.errors import InputError
+from g4lens.inputs.chat import Reply, ToolCall, parse, render, roles
+from g4lens.resources import bundled
+
+TEMPLATE = (bundled("data", "tiny") / "chat_template.jinja").read_text()
+SPECIAL = {"bos_token": "<bos>"}
+WEATHER = {
+    "name": "weather",
+    "description": "Tells the weather.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+
+
+def rendered(messages, **options):
+    return render(TEMPLATE, messages, special=SPECIAL, **options)
+
+
+def test_a_turn():
+    text = rendered([{"role": "user", "content": "Hi"}])
+    assert text == "<bos><|turn>user\nHi<turn|>\n<|turn>model\n"
+    closed = rendered([{"role": "user", "content": "Hi"}], add_generation_prompt=False)
+    assert closed == "<bos><|turn>user\nHi<turn|>\n"
+
+
+def test_thinking_and_tools_stand_in_the_system_turn():
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    text = rendered(messages, thinking=True, tools=[WEATHER])
+    system = text[: text.index("<turn|>")]
+    assert system.startswith("<bos><|turn>system\n<|think|>Be brief.<|tool>declaration:weather{")
+    assert '<|"|>Tells the weather.<|"|>' in system
+
+
+def test_calls_and_responses():
+    call = {"name": "weather", "arguments": {"city": "Paris", "days": 2, "now": True}}
+    text = rendered(
+        [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "tool_calls": [{"function": call}]},
+            {"role": "tool", "name": "weather", "content": {"sky": "blue"}},
+        ]
+    )
+    written = '<|tool_call>call:weather{city:<|"|>Paris<|"|>,days:2,now:true}<tool_call|>'
+    assert written in text
+    assert '<|tool_response>response:weather{sky:<|"|>blue<|"|>}<tool_response|>' in text
+    assert parse(written).tool_calls == (ToolCall("weather", call["arguments"]),)
+
+
+def test_parts_of_a_message():
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}, {"type": "audio"}]
+    assert "<|image|>What is it?<|audio|><turn|>" in rendered(
+        [{"role": "user", "content": content}]
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([], "no messages"),
+        (["Hi"], "message 0 has role None"),
+        ([{"role": "robot", "content": "Hi"}], "message 0 has role 'robot', expected system, user"),
+        ([{"role": "user", "content": [{"type": "smell"}]}], "content of type smell"),
+    ],
+)
+def test_messages_that_cannot_be_rendered(messages, says):
+    with pytest.raises(InputError, match=says):
+        rendered(messages)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{% include 'x' %}",
+        "{{ nonsense( }}",
+    ],
+)
+def test_the_sandbox_holds(template):
+    with pytest.raises(InputError, match="the chat template"):
+        render(template, [{"role": "user", "content": "Hi"}], special=SPECIAL)
+
+
+def test_roles():
+    texts = ["<bos>", "<|turn>", "user", "\n", "Hi", "<turn|>", "\n", "<|turn>", "model", "\n"]
+    texts += [
+        "<|channel>",
+        "thought",
+        "\n",
+        "hm",
+        "<channel|>",
+        "So",
+        "<|tool_call>",
+        "call",
+        "<tool_call|>",
+    ]
+    texts += ["<turn|>", "x"]
+    assert roles(texts) == [
+        *[None, *["user"] * 5, None, *["model"] * 3],
+        *[*["thought"] * 5, "model", *["tool"] * 3],
+        *["model", None],
+    ]
+
+
+def test_a_reply_is_taken_apart():
+    text = (
+        "<|channel>thought\nLet me see.<channel|>Here: "
+        '<|tool_call>call:f.g-1{a:<|"|>x, {y}<|"|>,n:-3,x:1.5e3,l:[true,{q:null},[]],o:{},<|"|>k k<|"|>:0}'
+        "<tool_call|><|tool_call>call:h{}<tool_call|> Done.<turn|>\n"
+    )
+    first = {"a": "x, {y}", "n": -3, "x": 1500.0, "l": [True, {"q": None}, []], "o": {}, "k k": 0}
+    assert parse(text) == Reply(
+        "Here:  Done.", ("Let me see.",), (ToolCall("f.g-1", first), ToolCall("h", {}))
+    )
+    assert parse("Paris<turn|>") == Reply("Paris")
+    assert parse("<|channel>thought\ncut off").thoughts == ("cut off",)
+
+
+def nested(depth):
+    return f"<|tool_call>call:f{{a:{'[' * depth}{']' * depth}}}<tool_call|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("<|tool_call>f{}<tool_call|>", r"expected 'call:' at character 12, found 'f\{\}"),
+        ("<|tool_call>call:f{a:x}<tool_call|>", "expected a value at character 21"),
+        ("<|tool_call>call:f{a:1", "expected ','"),
+        ('<|tool_call>call:f{a:<|"|>x', "expected a closing"),
+        ("<|tool_call>call:f{a:__import__('os')}<tool_call|>", "expected a value"),
+        ("<|tool_call>call:{}<tool_call|>", "the name of a function"),
+        ("<|tool_call>call:f{}", "expected '<tool_call|>'".replace("|", r"\|")),
+        (nested(40), "at most 32 levels"),
+        (nested(100_000), "at most 32 levels"),
+    ],
+)
+def test_malformed_calls(text, says):
+    with pytest.raises(InputError, match=says):
+        parse(text)
+
+
+def test_the_deepest_call():
+    value = parse(nested(31)).tool_calls[0].arguments["a"]
+    for _ in range(30):
+        (value,) = value
+    assert value == []
