@@ -143,10 +143,9 @@ def _windowed_attention(
     query_pos = F.pad(query_pos, (0, tail), value=-1).unflatten(1, (n_blocks, window))
     mask = visible(query_pos, blocks(key_pos, -1), window).expand(len(q), -1, -1, -1)
     q = F.pad(q, (0, 0, 0, 0, 0, tail)).unflatten(1, (n_blocks, window))
-    z = fused_attention(
-        *(x.flatten(0, 1) for x in (q, blocks(k), blocks(v))), mask.flatten(0, 1)[:, None]
-    )
-    return z.unflatten(0, (len(q), n_blocks)).flatten(1, 2)[:, :n]
+    q, k, v, mask = (x.flatten(0, 1) for x in (q, blocks(k), blocks(v), mask))
+    z = fused_attention(q, k, v, mask[:, None])
+    return z.unflatten(0, (-1, n_blocks)).flatten(1, 2)[:, :n]
 
 
 def _masked(x: Scores, mask: Mask | None, value: float) -> Scores:

@@ -39,7 +39,7 @@ class ActivationCache(Parts, Mapping[str, Tensor]):
     def saver(
         self, device: torch.device | str | None, keep_graph: bool
     ) -> Callable[[Tensor, Hook], None]:
-        """A hook that stores what it sees, on `device`, cut off from the graph unless that is kept."""
+        """A hook that stores what it sees, on `device`, without its graph unless that is kept."""
 
         def save(x: Tensor, hook: Hook) -> None:
             x = x if keep_graph else x.detach()

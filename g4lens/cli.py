@@ -65,7 +65,8 @@ def _geometry(name: str, cfg: Gemma4Config) -> str:
         f"context {cfg.n_ctx:,}",
         f"  attention  {cfg.n_heads} query heads, {cfg.n_kv_heads} key heads; d_head "
         f"{cfg.d_head_local} local, {cfg.d_head_global} global; window {cfg.sliding_window}",
-        f"  MLP        {cfg.d_mlp_at(0)} wide in owners, {cfg.d_mlp_at(cfg.n_layers - 1)} in the last block",
+        f"  MLP        {cfg.d_mlp_at(0)} wide in owners of keys and values, "
+        f"{cfg.d_mlp_at(cfg.n_layers - 1)} in the last block",
         f"  PLE        {cfg.d_ple} wide in each block",
         f"  horizon    block {cfg.horizon}: after it positions exchange nothing new",
     ]
@@ -89,7 +90,7 @@ def _blocks(cfg: Gemma4Config) -> str:
 
 
 def _parameters(model: Gemma4) -> str:
-    sizes = dict.fromkeys(("embedding", "PLE", "decoder", "vision", "audio"), 0)
+    sizes: dict[str, int] = dict.fromkeys(("embedding", "PLE", "decoder", "vision", "audio"), 0)
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
         if name.startswith("embed.tokens"):
@@ -131,7 +132,7 @@ def tutorial(folder: Path, open_it: bool = True) -> None:
     ]
     if changed:
         raise InputError(
-            f"{folder} holds {', '.join(changed)} with changes: they would be lost; name another folder"
+            f"{folder} holds {', '.join(changed)} with changes, which would be lost: name another"
         )
     if open_it and find_spec("jupyterlab") is None:
         raise InputError("JupyterLab is not installed: pip install 'g4lens[lab]', or use --no-open")

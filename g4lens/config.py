@@ -5,13 +5,14 @@ checkpoint (transformers `models/gemma4/configuration_gemma4.py`), of the condit
 kind (text, vision, audio) or the text-only kind. Whatever follows from other numbers is derived.
 """
 
-import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from g4lens import config_json
 from g4lens.errors import ConfigError
 
 E2B_LAYERS = ("local", "local", "local", "local", "global") * 7
@@ -59,26 +60,35 @@ class TextConfig:
         Raises:
             ConfigError: naming the fields, what they say and what would agree.
         """
+        _check_numbers(self, config_json.TEXT_NAMES)
         if len(self.layer_types) != self.n_layers:
             raise ConfigError(
-                f"layer_types names {len(self.layer_types)} blocks, num_hidden_layers says {self.n_layers}"
+                f"layer_types names {len(self.layer_types)} blocks, num_hidden_layers says "
+                f"{self.n_layers}"
             )
         if odd := set(self.layer_types) - {"local", "global"}:
             raise ConfigError(f"layer_types holds {odd}, expected only 'local' and 'global'")
-        if not 0 <= self.n_kv_shared_layers < self.n_layers:
+        if self.n_kv_shared_layers >= self.n_layers:
             raise ConfigError(
-                f"num_kv_shared_layers is {self.n_kv_shared_layers}, expected 0 to {self.n_layers - 1}"
+                f"num_kv_shared_layers is {self.n_kv_shared_layers}, expected at most "
+                f"{self.n_layers - 1}: the first block owns its keys and values"
             )
         if orphans := set(self.layer_types) - set(self.layer_types[: self.horizon + 1]):
             raise ConfigError(
-                f"the last {self.n_kv_shared_layers} blocks read keys and values of {orphans.pop()} "
-                f"blocks, but none of the first {self.horizon + 1} is one"
+                f"num_kv_shared_layers is {self.n_kv_shared_layers}, but layer_types has no "
+                f"{orphans.pop()} block whose keys and values they could read"
             )
-        for d_head in (self.d_head_local, self.d_head_global):
-            _require_even("head_dim", d_head)
-        _require_divides(
-            "num_key_value_heads", self.n_kv_heads, "num_attention_heads", self.n_heads
-        )
+        _check_multiple("head_dim", self.d_head_local, 2, "rotation pairs channels")
+        _check_multiple("global_head_dim", self.d_head_global, 2, "rotation pairs channels")
+        _check_multiple("num_attention_heads", self.n_heads, self.n_kv_heads, "num_key_value_heads")
+        if self.rope_fraction_global > 1:
+            raise ConfigError(
+                f"partial_rotary_factor is {self.rope_fraction_global}, expected at most 1"
+            )
+        if not self.eos_ids:
+            raise ConfigError("eos_token_id is empty, expected at least one id")
+        ids = {"pad_token_id": self.pad_id, "bos_token_id": self.bos_id}
+        _check_ids(self.d_vocab, ids | {f"eos_token_id {id_}": id_ for id_ in self.eos_ids})
 
     def is_global(self, layer: int) -> bool:
         """Does this block attend to every earlier position, not only to the window?"""
@@ -140,10 +150,8 @@ class VisionConfig:
         return 3 * self.patch_size**2
 
     def __post_init__(self) -> None:
-        if self.d_head % 4:
-            raise ConfigError(
-                f"vision head_dim is {self.d_head}, expected a multiple of 4 (x and y halves)"
-            )
+        _check_numbers(self, config_json.VISION_NAMES)
+        _check_multiple("head_dim", self.d_head, 4, "pairs of channels turn by x and by y")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,8 +186,12 @@ class AudioConfig:
         return self.chunk + self.n_left - 1 + self.n_right
 
     def __post_init__(self) -> None:
-        _require_divides("audio num_attention_heads", self.n_heads, "hidden_size", self.d_model)
-        _require_divides("4 (two stride-2 convolutions)", 4, "mel bands", self.n_mels)
+        _check_numbers(self, config_json.AUDIO_NAMES)
+        for channels in self.conv_channels:
+            _check_size("subsampling_conv_channels", channels)
+        _check_multiple("hidden_size", self.d_model, self.n_heads, "num_attention_heads")
+        _check_multiple("hidden_size", self.d_model, 2, "distances are sines and cosines")
+        _check_multiple("the number of mel bands", self.n_mels, 4, "two convolutions of stride 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,26 +214,15 @@ class Gemma4Config(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in (
-            "pad_id",
-            "bos_id",
-            "boi_id",
-            "image_id",
-            "eoi_id",
-            "boa_id",
-            "audio_id",
-            "eoa_id",
-        ):
-            value = getattr(self, field)
-            if value is not None and not 0 <= value < self.d_vocab:
-                raise ConfigError(
-                    f"{field} is {value}, expected an id below the vocabulary's {self.d_vocab}"
-                )
-        for tower, field in ((self.vision, "image_id"), (self.audio, "audio_id")):
-            if tower is not None and getattr(self, field) is None:
-                raise ConfigError(
-                    f"{type(tower).__name__} is given but no {field} marks its soft tokens"
-                )
+        ids = {name: getattr(self, ours) for ours, name in config_json.ID_NAMES.items()}
+        ids = {name: id_ for name, id_ in ids.items() if id_ is not None}
+        _check_ids(self.d_vocab, ids)
+        apart = {*ids.values(), self.pad_id}
+        if len(apart) <= len(ids):
+            raise ConfigError(f"two special tokens have one id: {ids}, pad_token_id {self.pad_id}")
+        for tower, needed in ((self.vision, "image_token_id"), (self.audio, "audio_token_id")):
+            if tower is not None and needed not in ids:
+                raise ConfigError(f"{needed} is absent, but there is a {type(tower).__name__}")
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Gemma4Config":
@@ -236,211 +237,68 @@ class Gemma4Config(TextConfig):
         """
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(
-                f"{path}: no such file, expected a checkpoint's config.json"
-            ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{path}: not readable as JSON ({error})") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: found a {type(raw).__name__}, expected an object")
-        try:
-            return cls.from_dict(raw)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
-        except (TypeError, AttributeError, ValueError) as error:
-            raise ConfigError(f"{path}: a field has the wrong type ({error})") from None
+        with config_json.named(path):
+            return cls.from_dict(config_json.parsed(path))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "Gemma4Config":
         """The same from the parsed JSON. Raises: ConfigError, as `from_json`."""
         kind = raw.get("model_type")
         if kind == "gemma4_text":
-            return cls(**_text_fields(raw))
+            return cls(**config_json.text_fields(raw))
         if kind != "gemma4":
             raise ConfigError(f"model_type is {kind!r}, expected 'gemma4' or 'gemma4_text'")
-        vision, audio = raw.get("vision_config"), raw.get("audio_config")
-        return cls(
-            **_text_fields(_need(raw, "text_config")),
-            vision=None if vision is None else VisionConfig(**_vision_fields(vision)),
-            audio=None if audio is None else AudioConfig(**_audio_fields(audio)),
-            boi_id=raw.get("boi_token_id", 255_999),
-            image_id=raw.get("image_token_id", 258_880),
-            eoi_id=raw.get("eoi_token_id", 258_882),
-            boa_id=raw.get("boa_token_id", 256_000),
-            audio_id=raw.get("audio_token_id", 258_881),
-            eoa_id=raw.get("eoa_token_index", raw.get("eoa_token_id", 258_883)),
-            video_id=raw.get("video_token_id", 258_884),
+        config_json.refuse_variants(raw)
+        text, vision, audio = (
+            config_json.subconfig(raw, f"{part}_config") for part in ("text", "vision", "audio")
         )
+        if text is None:
+            raise ConfigError("text_config is absent")
+        with config_json.named("text_config"):
+            decoder = config_json.text_fields(text)
+            d_vocab = TextConfig(**decoder).d_vocab
+        with config_json.named("vision_config"):
+            eye = None if vision is None else VisionConfig(**config_json.vision_fields(vision))
+        with config_json.named("audio_config"):
+            ear = None if audio is None else AudioConfig(**config_json.audio_fields(audio))
+        ids = config_json.id_fields(raw, d_vocab)
+        return cls(**decoder, vision=eye, audio=ear, **ids)
 
 
-# ---- reading config.json: which of its fields become which of ours, and which values are refused
+# ---- checks
 
-TYPE_NAMES = {"sliding_attention": "local", "full_attention": "global"}
-
-
-def _text_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse_variants(raw)
-    n_layers = _need(raw, "num_hidden_layers")
-    types = raw.get("layer_types") or ["sliding_attention"] * n_layers
-    if raw.get("layer_types") is None:
-        types[5::6] = ["full_attention"] * len(types[5::6])
-        types[-1] = "full_attention"
-    rope = raw.get("rope_parameters") or {}
-    local, whole = rope.get("sliding_attention") or {}, rope.get("full_attention") or {}
-    _refuse(
-        local.get("rope_type", "default") != "default",
-        "rope_parameters of sliding_attention",
-        local,
-    )
-    _refuse(
-        whole.get("rope_type", "proportional") != "proportional",
-        "rope_parameters of full_attention",
-        whole,
-    )
-    eos = raw.get("eos_token_id", 1)
-    return {
-        "n_layers": n_layers,
-        "layer_types": tuple(TYPE_NAMES.get(kind, kind) for kind in types),
-        "n_kv_shared_layers": raw.get("num_kv_shared_layers", 0),
-        "d_model": _need(raw, "hidden_size"),
-        "n_heads": _need(raw, "num_attention_heads"),
-        "n_kv_heads": _need(raw, "num_key_value_heads"),
-        "d_head_local": _need(raw, "head_dim"),
-        "d_head_global": _global_head_dim(raw, types),
-        "d_mlp": _need(raw, "intermediate_size"),
-        "double_wide_mlp": raw.get("use_double_wide_mlp", False),
-        "d_vocab": _need(raw, "vocab_size"),
-        "d_ple": _need(raw, "hidden_size_per_layer_input"),
-        "sliding_window": raw.get("sliding_window", 512),
-        "n_ctx": raw.get("max_position_embeddings", 131_072),
-        "rope_base_local": local.get("rope_theta", 10_000.0),
-        "rope_base_global": whole.get("rope_theta", 1_000_000.0),
-        "rope_fraction_global": whole.get("partial_rotary_factor", 0.25),
-        "final_softcap": _need(raw, "final_logit_softcapping"),
-        "eps": raw.get("rms_norm_eps", 1e-6),
-        "pad_id": raw.get("pad_token_id", 0),
-        "bos_id": raw.get("bos_token_id", 2),
-        "eos_ids": tuple(eos) if isinstance(eos, list) else (eos,),
-    }
+LARGEST = 2**24  # of any one number: beyond all models, and a table of such sides can be described
+MAY_BE_ZERO = ("n_kv_shared_layers", "n_right", "pad_id", "bos_id")
+BELOW_ZERO = ("masked_score",)
 
 
-def _refuse_variants(raw: Mapping[str, Any]) -> None:
-    """The members of the family that compute something else are refused by name."""
-    _refuse(raw.get("enable_moe_block"), "enable_moe_block (mixture of experts)", True)
-    _refuse(raw.get("num_experts"), "num_experts (mixture of experts)", raw.get("num_experts"))
-    _refuse(raw.get("attention_k_eq_v"), "attention_k_eq_v", True)
-    for field in ("use_bidirectional_attention", "attention_bias"):
-        _refuse(raw.get(field), field, raw.get(field))
-    _refuse(not raw.get("tie_word_embeddings", True), "tie_word_embeddings", False)
-    if not raw.get("hidden_size_per_layer_input"):
+def _check_numbers(cfg: Any, names: Mapping[str, str]) -> None:
+    """Refuse a field of the wrong type or outside its range, under its name in config.json."""
+    for field in fields(cfg):
+        value, name = getattr(cfg, field.name), names.get(field.name, field.name)
+        if field.type is int:
+            _check_size(name, value, least=0 if field.name in MAY_BE_ZERO else 1)
+        elif field.type is bool and not isinstance(value, bool):
+            raise ConfigError(f"{name} is {value!r}, expected true or false")
+        elif field.type is float:
+            sign, side = (-1, "below") if field.name in BELOW_ZERO else (1, "above")
+            if type(value) not in (int, float) or not 0 < sign * value < math.inf:
+                raise ConfigError(f"{name} is {value!r}, expected a number {side} 0")
+
+
+def _check_size(name: str, value: Any, least: int = 1) -> None:
+    if type(value) is not int or not least <= value <= LARGEST:
         raise ConfigError(
-            "hidden_size_per_layer_input is 0 or absent: the E2B and E4B models have per-layer embeddings"
-        )
-    activation = raw.get("hidden_activation", "gelu_pytorch_tanh")
-    _refuse(activation != "gelu_pytorch_tanh", "hidden_activation", activation)
-    vocab, ple_vocab = (
-        raw.get("vocab_size"),
-        raw.get("vocab_size_per_layer_input", raw.get("vocab_size")),
-    )
-    if vocab != ple_vocab:
-        raise ConfigError(f"vocab_size_per_layer_input is {ple_vocab}, but vocab_size is {vocab}")
-
-
-def _global_head_dim(raw: Mapping[str, Any], types: list[str]) -> int:
-    """The hub writes `global_head_dim`; transformers 5.23 saves it as overrides per layer."""
-    per_layer = raw.get("per_layer_config")
-    if not per_layer:
-        return raw.get("global_head_dim", 512)
-    whole = {i for i, kind in enumerate(types) if kind == "full_attention"}
-    found = {int(layer): dict(values) for layer, values in per_layer.items()}
-    widths = {values.pop("head_dim", None) for values in found.values()}
-    kv_heads = {
-        values.pop("num_key_value_heads", raw.get("num_key_value_heads"))
-        for values in found.values()
-    }
-    if (
-        any(found.values())
-        or set(found) != whole
-        or len(widths) != 1
-        or kv_heads != {raw.get("num_key_value_heads")}
-    ):
-        raise ConfigError(
-            "per_layer_config overrides more than one common head_dim of all full_attention layers: "
-            f"found {dict(per_layer)}"
-        )
-    return widths.pop() or _need(raw, "head_dim")
-
-
-def _vision_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse(raw.get("standardize"), "vision standardize", True)
-    _refuse(raw.get("attention_bias"), "vision attention_bias", True)
-    heads, kv_heads = _need(raw, "num_attention_heads"), raw.get("num_key_value_heads")
-    _refuse(kv_heads not in (None, heads), "vision num_key_value_heads", kv_heads)
-    activation = raw.get("hidden_activation", "gelu_pytorch_tanh")
-    _refuse(activation != "gelu_pytorch_tanh", "vision hidden_activation", activation)
-    rope = raw.get("rope_parameters") or {}
-    return {
-        "n_layers": _need(raw, "num_hidden_layers"),
-        "d_model": _need(raw, "hidden_size"),
-        "n_heads": heads,
-        "d_head": raw.get("head_dim") or raw["hidden_size"] // heads,
-        "d_mlp": _need(raw, "intermediate_size"),
-        "patch_size": raw.get("patch_size", 16),
-        "pooling": raw.get("pooling_kernel_size", 3),
-        "n_positions": raw.get("position_embedding_size", 10_240),
-        "rope_base": rope.get("rope_theta", 100.0),
-        "clipped": raw.get("use_clipped_linears", False),
-        "eps": raw.get("rms_norm_eps", 1e-6),
-    }
-
-
-def _audio_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    activation = raw.get("hidden_act", "silu")
-    _refuse(activation != "silu", "audio hidden_act", activation)
-    first, second = raw.get("subsampling_conv_channels", (128, 32))
-    return {
-        "n_layers": _need(raw, "num_hidden_layers"),
-        "d_model": _need(raw, "hidden_size"),
-        "n_heads": _need(raw, "num_attention_heads"),
-        "d_out": raw.get("output_proj_dims", 1536),
-        # transformers sizes the projection behind the convolutions by the first channel count,
-        # so that count is the number of mel bands: Gemma4AudioSubSampleConvProjection
-        "n_mels": first,
-        "conv_channels": (first, second),
-        "conv_kernel": raw.get("conv_kernel_size", 5),
-        "chunk": raw.get("attention_chunk_size", 12),
-        "n_left": raw.get("attention_context_left", 13),
-        "n_right": raw.get("attention_context_right", 0),
-        "softcap": raw.get("attention_logit_cap", 50.0),
-        "masked_score": raw.get("attention_invalid_logits_value", -1e9),
-        "residual_weight": raw.get("residual_weight", 0.5),
-        "clamp": raw.get("gradient_clipping", 1e10),
-        "clipped": raw.get("use_clipped_linears", True),
-        "eps": raw.get("rms_norm_eps", 1e-6),
-    }
-
-
-def _need(raw: Mapping[str, Any], field: str) -> Any:
-    if raw.get(field) is None:
-        raise ConfigError(f"{field} is absent")
-    return raw[field]
-
-
-def _refuse(found: Any, field: str, value: Any) -> None:
-    if found:
-        raise ConfigError(
-            f"{field} is {value!r}: g4lens computes Gemma 4 E2B and E4B only, not this variant"
+            f"{name} is {value!r}, expected a whole number from {least} to {LARGEST:,}"
         )
 
 
-def _require_even(field: str, value: int) -> None:
-    if value % 2:
-        raise ConfigError(f"{field} is {value}, expected an even number (rotation pairs channels)")
+def _check_ids(d_vocab: int, ids: Mapping[str, Any]) -> None:
+    for name, id_ in ids.items():
+        if type(id_) is not int or not 0 <= id_ < d_vocab:
+            raise ConfigError(f"{name} is {id_!r}, expected an id below the vocabulary's {d_vocab}")
 
 
-def _require_divides(small_name: str, small: int, large_name: str, large: int) -> None:
-    if small <= 0 or large % small:
-        raise ConfigError(f"{small_name} is {small}, which does not divide {large_name} {large}")
+def _check_multiple(name: str, value: int, of: int, why: str) -> None:
+    if value % of:
+        raise ConfigError(f"{name} is {value}, expected a multiple of {of} ({why})")

@@ -5,7 +5,8 @@ something else than E2B and E4B are refused by name.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,16 @@ AUDIO_DEFAULTS = {
     "clipped": True,
     "eps": 1e-6,
 }
+# Any of these makes another model of it.
+VARIANTS = {
+    "enable_moe_block": "mixture of experts",
+    "num_experts": "mixture of experts",
+    "attention_k_eq_v": "keys that are values",
+    "attention_bias": "biases in attention",
+    "use_bidirectional_attention": "attention to later positions",
+    "standardize": "standardised soft tokens",
+    "quantization_config": "quantised weights",
+}
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 TYPES = {LOCAL: "local", GLOBAL: "global"}
 DEFAULT_ROPE = {
@@ -120,18 +131,47 @@ def parsed(path: Path) -> Mapping[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file, expected a checkpoint's config.json") from None
+        raise ConfigError("no such file, expected a checkpoint's config.json") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error})") from None
+        raise ConfigError(f"not readable as JSON ({error})") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: found a {type(raw).__name__}, expected an object")
+        raise ConfigError(f"found a {type(raw).__name__}, expected an object")
     return raw
+
+
+@contextmanager
+def named(what: object) -> Iterator[None]:
+    """Say of what file or part an error in this block is."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from None
+
+
+def subconfig(raw: Mapping[str, Any], field: str) -> Mapping[str, Any] | None:
+    """The object in a field; None where there is none. Raises: ConfigError: something else."""
+    found = raw.get(field)
+    if found is not None and not isinstance(found, Mapping):
+        raise ConfigError(f"{field} is a {type(found).__name__}, expected an object")
+    return found
+
+
+def refuse_variants(raw: Mapping[str, Any]) -> None:
+    """Refuse what g4lens does not compute. Raises: ConfigError: names the field."""
+    for field, what in VARIANTS.items():
+        if raw.get(field):
+            raise _variant(f"{field} is {raw[field]!r} ({what})")
+    _expect(raw, "tie_word_embeddings", True)
 
 
 def text_fields(raw: Mapping[str, Any]) -> Fields:
     """The decoder's, from the text-only kind or the `text_config` of the other."""
-    _refuse_variants(raw)
+    refuse_variants(raw)
+    _expect(raw, "hidden_activation", "gelu_pytorch_tanh")
+    if raw.get("hidden_size_per_layer_input") == 0:
+        raise _variant("hidden_size_per_layer_input is 0 (no per-layer embeddings)")
     found = _read(raw, TEXT_NAMES, TEXT_DEFAULTS)
+    _expect(raw, "vocab_size_per_layer_input", found["d_vocab"])
     found["layer_types"] = _layer_types(found["layer_types"], found["n_layers"])
     local, whole = _rope(raw, LOCAL), _rope(raw, GLOBAL)
     eos = found["eos_ids"]
@@ -146,91 +186,110 @@ def text_fields(raw: Mapping[str, Any]) -> Fields:
 
 def vision_fields(raw: Mapping[str, Any]) -> Fields:
     """The vision tower's."""
-    _refuse_if(raw, "standardize", "attention_bias")
-    _expect(raw, "num_key_value_heads", raw.get("num_attention_heads"))
+    refuse_variants(raw)
     _expect(raw, "hidden_activation", "gelu_pytorch_tanh")
-    rope = _object(raw, "rope_parameters") or {}
+    found = _read(raw, VISION_NAMES, VISION_DEFAULTS)
+    _expect(raw, "num_key_value_heads", found["n_heads"])
+    rope = subconfig(raw, "rope_parameters") or {}
     _expect(rope, "rope_type", "axial")
-    return _read(raw, VISION_NAMES, VISION_DEFAULTS) | {"rope_base": rope.get("rope_theta", 100.0)}
+    return found | {"rope_base": rope.get("rope_theta", 100.0)}
 
 
 def audio_fields(raw: Mapping[str, Any]) -> Fields:
     """The audio tower's."""
+    refuse_variants(raw)
     _expect(raw, "hidden_act", "silu")
     found = _read(raw, AUDIO_NAMES, AUDIO_DEFAULTS)
     channels = found["conv_channels"]
     if not isinstance(channels, list) or len(channels) != 2:
-        raise ConfigError(f"subsampling_conv_channels is {channels!r}, expected two numbers")
+        raise ConfigError(f"subsampling_conv_channels is {channels!r}, expected a list of two")
     # transformers sizes the projection behind the convolutions by the first channel count, so that
     # count is the number of mel bands: Gemma4AudioSubSampleConvProjection
     return found | {"conv_channels": tuple(channels), "n_mels": channels[0]}
 
 
-def id_fields(raw: Mapping[str, Any]) -> Fields:
-    """The ids of the tokens around and in place of pictures and sounds; None where absent."""
-    return {ours: raw.get(theirs) for ours, theirs in ID_NAMES.items()}
+def id_fields(raw: Mapping[str, Any], d_vocab: int) -> Fields:
+    """The ids of the tokens around and in place of pictures and sounds; None where absent.
 
-
-def part(raw: Mapping[str, Any], field: str) -> Mapping[str, Any] | None:
-    """The config of one part of the model; None for a tower that it has not.
-
-    Raises: ConfigError: it is no object, or asks for what g4lens does not compute.
+    A config that leaves them at transformers' defaults may name some that a small vocabulary has
+    not. They are as good as absent, except those that a tower's soft tokens stand in for.
     """
-    _refuse_untied(raw)
-    return _object(raw, field)
+    ids = {ours: raw.get(theirs) for ours, theirs in ID_NAMES.items()}
+    needed = {"image_id": raw.get("vision_config"), "audio_id": raw.get("audio_config")}
+    return {
+        ours: None if isinstance(id_, int) and id_ >= d_vocab and not needed.get(ours) else id_
+        for ours, id_ in ids.items()
+    }
 
 
-# ---- reading
+# ---- parts of these
 
 
 def _read(raw: Mapping[str, Any], names: Mapping[str, str], defaults: Mapping[str, Any]) -> Fields:
-    found = {ours: raw.get(theirs) for ours, theirs in names.items()}
-    found = {name: defaults.get(name) if x is None else x for name, x in found.items()}
-    absent = [names[ours] for ours, x in found.items() if x is None and ours not in defaults]
+    given = {ours: raw.get(theirs) for ours, theirs in names.items()}
+    absent = [names[ours] for ours, x in given.items() if x is None and ours not in defaults]
     if absent:
-        raise ConfigError(f"{listed(absent)} absent, expected a value")
-    return found
-
-
-def _object(raw: Mapping[str, Any], field: str) -> Mapping[str, Any] | None:
-    found = raw.get(field)
-    if found is not None and not isinstance(found, Mapping):
-        raise ConfigError(f"{field} is a {type(found).__name__}, expected an object")
-    return found
+        verb = "is" if len(absent) == 1 else "are"
+        raise ConfigError(f"{listed(absent)} {verb} absent")
+    return {ours: defaults[ours] if x is None else x for ours, x in given.items()}
 
 
 def _layer_types(types: Any, n_layers: Any) -> tuple[str, ...]:
-    if types is None and isinstance(n_layers, int) and 0 < n_layers <= 10_000:
-        types = [LOCAL if (i + 1) % 6 else GLOBAL for i in range(n_layers - 1)] + [GLOBAL]
-    if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+    """By default every sixth block is global, and the last."""
+    if types is None and isinstance(n_layers, int) and 0 < n_layers <= 1000:
+        types = [GLOBAL if i % 6 == 5 else LOCAL for i in range(n_layers - 1)] + [GLOBAL]
+    if not isinstance(types, list) or any(kind not in (LOCAL, GLOBAL) for kind in types):
         raise ConfigError(f"layer_types is {types!r}, expected a list of {LOCAL!r} and {GLOBAL!r}")
     if types[-1:] != [GLOBAL]:
-        raise ConfigError(f"layer_types ends in {types[-1:]}, expected {GLOBAL!r} as its last")
-    return tuple(TYPES.get(kind, kind) for kind in types)
+        raise ConfigError(f"layer_types ends in {types[-1:]}, expected {GLOBAL!r} at its end")
+    return tuple(TYPES[kind] for kind in types)
 
 
 def _rope(raw: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    """The rotation of one kind of block: its base, and for global ones the share that turns."""
-    given = _object(raw, "rope_parameters")
-    rope = _object(DEFAULT_ROPE if given is None else given, kind)
-    if rope is None or rope.get("rope_theta") is None:
-        raise ConfigError(f"rope_parameters has no rope_theta for {kind}")
-    _expect(rope, "rope_type", DEFAULT_ROPE[kind]["rope_type"], f"rope_parameters of {kind}: ")
-    if odd := set(rope) - set(DEFAULT_ROPE[kind]):
-        raise _variant(f"rope_parameters of {kind}: {listed(sorted(odd))}")
+    """How one kind of block rotates: its base and, in global ones, the share that turns."""
+    given = subconfig(raw, "rope_parameters")
+    rope, known = subconfig(DEFAULT_ROPE if given is None else given, kind), DEFAULT_ROPE[kind]
+    with named(f"rope_parameters, {kind}"):
+        if rope is None or rope.get("rope_theta") is None:
+            raise ConfigError("rope_theta is absent")
+        _expect(rope, "rope_type", known["rope_type"])
+        if odd := sorted(set(rope) - {*known, "partial_rotary_factor"}):
+            raise _variant(listed(odd))
     return rope
 
 
 def _global_head_dim(raw: Mapping[str, Any], layer_types: tuple[str, ...]) -> Any:
     """The hub writes `global_head_dim`; transformers 5.23 saves it as overrides per layer.
 
-    Where both widths are the same it saves no override at all.
+    Where both widths are the same it saves no overrides.
     """
-    overrides = _object(raw, "per_layer_config")
+    overrides = subconfig(raw, "per_layer_config")
     if overrides is None:
         return raw.get("global_head_dim", 512)
     if not overrides:
         return raw["head_dim"]
-    kv_heads = raw.get("num_key_value_heads")
-    width = _object(overrides, next(iter(overrides)))["head_dim"]  # type: ignore
-    raise NotImplementedError((kv_heads, width, layer_types))
+    same = {"num_key_value_heads": raw["num_key_value_heads"]}
+    found = {
+        int(layer) if str(layer).isdecimal() else layer: {
+            k: v for k, v in (subconfig(overrides, layer) or {}).items() if same.get(k) != v
+        }
+        for layer in overrides
+    }
+    width = next(iter(found.values())).get("head_dim")
+    whole = [layer for layer, kind in enumerate(layer_types) if kind == "global"]
+    if found != {layer: {"head_dim": width} for layer in whole}:
+        raise ConfigError(
+            f"per_layer_config is {dict(overrides)}, expected one common head_dim for each "
+            f"{GLOBAL} block and nothing else"
+        )
+    return width
+
+
+def _expect(raw: Mapping[str, Any], field: str, expected: Any) -> None:
+    """A field that is there must say this."""
+    if raw.get(field) not in (None, expected):
+        raise _variant(f"{field} is {raw[field]!r}, expected {expected!r}")
+
+
+def _variant(what: str) -> ConfigError:
+    return ConfigError(f"{what}: g4lens computes Gemma 4 E2B and E4B, not this variant")

@@ -17,6 +17,7 @@ from g4lens.inputs.batch import Batch, prepare
 from g4lens.inputs.chat import Reply, parse
 from g4lens.inputs.processor import Processor
 from g4lens.inputs.prompt import Prompt
+from g4lens.inputs.tokenizer import Tokenizer
 from g4lens.state import State
 
 Logits = Float[Tensor, "batch d_vocab"]
@@ -182,25 +183,19 @@ def stream(
         raise InputError(
             f"stream takes one prompt and a model with tokenizer, found {len(batch.tokens)} prompts"
         )
-    return _pieces(model, batch, max_new_tokens, sampler, stops, chunk)
+    steps = _steps(model, batch, max_new_tokens, sampler, stops, chunk)
+    return _pieces(model.processor.tokenizer, steps)
 
 
-def _pieces(
-    model: Generator,
-    batch: Batch,
-    n: int,
-    sampler: Sampler,
-    stops: frozenset[int],
-    chunk: int | None,
-) -> Iterator[str]:
-    decode, ids, said = model.processor.tokenizer.decode, list[int](), ""
-    for (token,) in _steps(model, batch, n, sampler, stops, chunk):
+def _pieces(tokenizer: Tokenizer, steps: Iterator[list[int]]) -> Iterator[str]:
+    ids, said = list[int](), ""
+    for (token,) in steps:
         ids.append(token)
-        text = decode(ids, skip_special=True)
+        text = tokenizer.decode(ids, skip_special=True)
         if not text.endswith("\ufffd"):  # half of a character: wait for the rest
             yield text[len(said) :]
             said = text
-    if (text := decode(ids, skip_special=True)) != said:
+    if (text := tokenizer.decode(ids, skip_special=True)) != said:
         yield text[len(said) :]
 
 

@@ -100,13 +100,15 @@ class Hung:
     """What one thread has hung on one point."""
 
     edits: list[HookFn] = field(default_factory=list)
-    gradients: list[HookFn | None] = field(default_factory=list)  # None only makes it require grad
+    gradients: Sequence[HookFn | None] = field(
+        default_factory=list
+    )  # None only makes it require grad
     savers: list[HookFn] = field(default_factory=list)
 
     def __add__(self, other: "Hung") -> "Hung":
         return Hung(
             self.edits + other.edits,
-            self.gradients + other.gradients,
+            [*self.gradients, *other.gradients],
             self.savers + other.savers,
         )
 
@@ -323,8 +325,8 @@ def _like(returned: Any, x: Tensor, hook: Hook) -> Tensor:
     ):
         if found != expected:
             raise HookError(
-                f"{hook.name}: the hook returned {what} {found}, but the activation's is {expected} "
-                f"({' '.join(hook.axes)})"
+                f"{hook.name}: the hook returned {what} {found}, but the activation's is "
+                f"{expected} ({' '.join(hook.axes)})"
             )
     return returned
 

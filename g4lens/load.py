@@ -1,4 +1,4 @@
-"""Load a model: the bundled one, a folder, or one of the hub's. The only module that may use the network."""
+"""Load a model: the bundled one, a folder, or the hub's. No other module may use the network."""
 
 import re
 from pathlib import Path
@@ -28,8 +28,8 @@ def load(
     """A model, frozen and ready to run.
 
     Args:
-        name: "tiny" for the bundled model, a folder as transformers saves it or the hub ships it, or a
-            name on the hub such as "google/gemma-4-E2B-it".
+        name: "tiny" for the bundled model, a folder as transformers saves it or the hub ships it,
+            or a name on the hub such as "google/gemma-4-E2B-it".
         dtype: "float32", "bfloat16", "float16" or "float64"; by default as stored.
         device: "auto" takes cuda, mps or cpu, the first there is.
         revision: a branch, tag or commit of a model on the hub.
@@ -63,8 +63,8 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
         return _fetched(name, revision)
     else:
         raise InputError(
-            f"{str(name)!r} is no folder, no bundled model ({', '.join(BUNDLED)}) and no name on the hub "
-            f"(owner/model).{did_you_mean(str(name), BUNDLED)}"
+            f"{str(name)!r} is no folder, no bundled model ({', '.join(BUNDLED)}) and no name on "
+            f"the hub (owner/model).{did_you_mean(str(name), BUNDLED)}"
         )
     if revision is not None:
         raise InputError(f"revision={revision!r} is for models on the hub, but {name} is a folder")
@@ -87,8 +87,8 @@ def _fetched(name: str, revision: str | None) -> Path:
         raise HubError(f"{name}: no such folder here and no such model on the hub") from None
     except (errors.HfHubHTTPError, OSError) as error:
         raise HubError(
-            f"{name} is not in the local cache and the hub could not be reached ({error}): fetch it "
-            "where there is a network, or give its folder"
+            f"{name} is not in the local cache and the hub could not be reached ({error}): "
+            "fetch it where there is a network, or give its folder"
         ) from None
 
 

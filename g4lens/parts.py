@@ -150,8 +150,8 @@ class Parts:
         resid = self[final]
         if stack.ndim != 4 or stack.shape[1:] != resid.shape:
             raise CacheError(
-                f"stack is {tuple(stack.shape)}, expected [part, {', '.join(map(str, resid.shape))}]: "
-                "as decompose_resid(-1) returns it"
+                f"stack is {tuple(stack.shape)}, expected [part, "
+                f"{', '.join(map(str, resid.shape))}] as decompose_resid(-1) returns it"
             )
         directions = self._direction(tokens, resid)
         if incorrect_tokens is not None:
@@ -226,7 +226,8 @@ class Parts:
         counts = common.sum(1)
         if not bool(counts.all()) or len(set(counts.tolist())) > 1:
             raise CacheError(
-                f"{listed(names, 4)} hold no common positions: they were cached by runs that read others"
+                f"{listed(names, 4)} hold no common positions, as many in each prompt: too few "
+                "were read"
             )
         positions = fewest[common].reshape(len(fewest), -1)
         return positions, [Rows(p).find(positions) for p in held]

@@ -43,9 +43,11 @@ def pattern(
 
     Args:
         cache: holds the block's rot_q and rot_k, as by default.
-        layer, head: which pattern.
+        layer: which block.
+        head: which of its heads.
         prompt: names the positions; without one they are numbered.
         row: which prompt of the batch.
+        ax: where to draw; by default a new figure.
 
     Raises:
         CacheError: what the pattern needs was not cached. InputError: no such layer or head.
@@ -53,7 +55,8 @@ def pattern(
     cfg = cache.cfg
     if not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
         raise InputError(
-            f"layer {layer}, head {head}: expected layers 0 to {cfg.n_layers - 1}, heads 0 to {cfg.n_heads - 1}"
+            f"layer {layer}, head {head}: expected layers 0 to {cfg.n_layers - 1} and heads 0 to "
+            f"{cfg.n_heads - 1}"
         )
     ax = _axes(ax, (6, 5))
     weights = cache.pattern(layer, heads=[head])[row, 0].float().cpu()
@@ -127,6 +130,7 @@ def logit_attrs(
         attrs: one attribution for each part, at one position of one prompt.
         labels: the parts, as `cache.decompose_resid` names them; heads are added up by block.
         cache: tells which blocks are global and where the horizon is.
+        ax: where to draw; by default a new figure.
 
     Raises: InputError: as many labels as attributions are needed.
     """

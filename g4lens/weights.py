@@ -83,7 +83,7 @@ DEAD = ("k_proj", "v_proj", "k_norm", "v_norm")
 
 
 def released_name(name: str, text_only: bool = False) -> str:
-    """The released name of one of our parameters or buffers, as in `Gemma4ForConditionalGeneration`.
+    """The released name of a parameter or buffer, as in `Gemma4ForConditionalGeneration`.
 
     Args:
         name: as in `model.state_dict()`.
@@ -100,7 +100,7 @@ def released_name(name: str, text_only: bool = False) -> str:
 
 
 def _linear(name: str) -> str:
-    """The linear maps of a tower's blocks keep their weight one module deeper, beside the bounds."""
+    """Linear maps of a tower's blocks keep their weight one module deeper, beside the bounds."""
     clipped = re.fullmatch(r"(blocks\..*_proj)\.weight", name)
     if clipped is None or name.endswith("distance_proj.weight"):  # that one has no bounds
         return name
@@ -127,11 +127,12 @@ def load_weights(model: Gemma4, folder: str | Path, dtype: torch.dtype | None = 
         dtype: what to convert to; by default the one that the token embedding is stored in.
 
     Returns:
-        The tensors that the checkpoint holds and the model deliberately does not use: keys and values of
-        blocks that read those of others, and a copy of the tied embedding.
+        The tensors that the checkpoint holds and the model deliberately does not use: keys and
+        values of blocks that read those of others, and a copy of the tied embedding.
 
     Raises:
-        WeightsError: what is missing, superfluous, misshapen or unreadable. The model is then untouched.
+        WeightsError: what is missing, superfluous, misshapen or unreadable. The model is then
+            untouched.
     """
     files = Checkpoint(Path(folder))
     names, unused = matched(model, files)
@@ -239,7 +240,8 @@ class Checkpoint:
                 self.shapes[name], self._dtypes[name] = tuple(view.get_shape()), view.get_dtype()
                 if view.get_dtype() not in DTYPES:
                     raise WeightsError(
-                        f"{path}: {name} is stored as {view.get_dtype()}, expected one of {listed(DTYPES)}"
+                        f"{path}: {name} is stored as {view.get_dtype()}, expected one of "
+                        f"{listed(DTYPES)}"
                     )
 
     def dtype(self, name: str) -> torch.dtype:
@@ -281,7 +283,7 @@ def save(model: Gemma4, folder: str | Path) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """What rebuilds a loaded model: `g4lens.load(name, dtype=dtype, device=device, revision=revision)`.
+    """What rebuilds a loaded model: the arguments of `g4lens.load`, and where that led.
 
     Attributes:
         name: as it was given to `load`.
@@ -317,8 +319,8 @@ class Source:
         ]
         if edited:
             raise WeightsError(
-                f"{len(edited)} weights differ from those in {self.path}: {listed(edited)}; a model that "
-                "was edited in memory has no source"
+                f"{len(edited)} weights differ from those in {self.path}: {listed(edited)}; a "
+                "model that was edited in memory has no source"
             )
 
 

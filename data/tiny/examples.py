@@ -9,11 +9,11 @@ import numpy as np
 import tokenizers
 import torch
 from einops import rearrange
-from g4lens.inputs.sound import Audio, SoundSettings, mel_frames
 from torch import Tensor
 
 from g4lens.analysis import tasks
 from g4lens.config import Gemma4Config
+from g4lens.inputs.sound import Audio, SoundSettings, mel_frames
 
 HERE = Path(__file__).parent
 TOKENIZER = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer.json"))

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from examples import CFG, Bank, Examples, Mixture, Row
-from g4lens.weights import save
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from g4lens.analysis import tasks
 from g4lens.model.gemma4 import Gemma4
 from g4lens.model.primitives import ClippedLinear
 from g4lens.state import Rows
+from g4lens.weights import save
 
 HERE = Path(__file__).parent
 PATCH_POSITIONS = torch.tensor([(x, y) for y in range(24) for x in range(24)])

@@ -112,12 +112,12 @@ def _of_rows(rows: Sequence[Any], processor: Processor | None, cfg: Gemma4Config
         elif isinstance(row, Tensor) and row.ndim == 1:
             ids.append(row)
         elif isinstance(row, list | tuple) and _are_ids(row):
-            ids.append(torch.tensor(row))
+            ids.append(_tensor("a row of token ids", row))
         else:
             shape = f" of shape {tuple(row.shape)}" if isinstance(row, Tensor) else ""
             raise InputError(
-                f"inputs: found a {type(row).__name__}{shape}, expected text, a Prompt, ids [batch, pos], "
-                "a mapping, or a list of texts, Prompts and ids [pos]"
+                f"inputs: found a {type(row).__name__}{shape}, expected text, a Prompt, "
+                "ids [batch, pos], a mapping, or a list of texts, Prompts and ids [pos]"
             )
     n = max(len(row) for row in ids)
     tokens = torch.stack([F.pad(row.cpu(), (n - len(row), 0), value=cfg.pad_id) for row in ids])
@@ -147,11 +147,12 @@ def _of_mapping(inputs: Mapping[str, Any], cfg: Gemma4Config) -> Batch:
     """What transformers' processor returns, taken as it is."""
     if unknown := [key for key in inputs if key not in KEYS]:
         raise InputError(
-            f"inputs hold {listed(map(repr, unknown))}, expected {listed(KEYS)}.{did_you_mean(str(unknown[0]), KEYS)}"
+            f"inputs hold {listed(map(repr, unknown))}, expected {listed(KEYS)}."
+            f"{did_you_mean(str(unknown[0]), KEYS)}"
         )
     given = {key: _tensor(key, value) for key, value in inputs.items() if value is not None}
     if "input_ids" not in given:
-        raise InputError(f"inputs hold {listed(map(repr, given))} but no 'input_ids'")
+        raise InputError(f"inputs hold {listed(map(repr, given)) or 'nothing'} but no 'input_ids'")
     for one, other in (
         ("pixel_values", "image_position_ids"),
         ("input_features", "input_features_mask"),
@@ -169,21 +170,20 @@ def _of_mapping(inputs: Mapping[str, Any], cfg: Gemma4Config) -> Batch:
         given.get("input_features"),
         None if mask is None else mask.bool(),
     )
-    if (
-        "num_soft_tokens_per_image" in given
-        and batch.patch_positions is not None
-        and cfg.vision is not None
-    ):
-        said, found = given["num_soft_tokens_per_image"].tolist(), _image_counts(batch, cfg)
-        if said != found:
-            raise InputError(f"num_soft_tokens_per_image is {said}, but the pictures make {found}")
+    said = given.get("num_soft_tokens_per_image")
+    if said is not None and (batch.pixels is None or cfg.vision is not None):
+        found = _image_counts(batch, cfg)
+        if said.reshape(-1).tolist() != found:
+            raise InputError(
+                f"num_soft_tokens_per_image is {said.tolist()}, but the pictures make {found}"
+            )
     return batch
 
 
 def _tensor(key: str, value: Any) -> Tensor:
     try:
         return torch.as_tensor(value).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(f"{key} is no tensor: {error}") from None
 
 
@@ -196,13 +196,14 @@ def _tokens(ids: Tensor, mask: Tensor | None, cfg: Gemma4Config) -> tuple[Tensor
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise InputError(f"token ids are {ids.dtype}, expected integers")
     ids = ids.to("cpu", torch.int64)
-    mask = torch.ones_like(ids) if mask is None else mask.to(torch.int64)
+    mask = torch.ones_like(ids) if mask is None else mask
     if mask.shape != ids.shape:
         raise InputError(
             f"attention_mask is {tuple(mask.shape)}, but the ids are {tuple(ids.shape)}"
         )
     if not ((mask == 0) | (mask == 1)).all():
         raise InputError("attention_mask holds other values than 0 and 1")
+    mask = mask.to(torch.int64)
     if not (mask.sum(1) > 0).all():
         raise InputError(f"prompt {int(mask.sum(1).argmin())} is empty")
     if ((mask[:, 1:] > mask[:, :-1]).sum(1) + mask[:, 0] > 1).any():
@@ -220,14 +221,16 @@ def _tokens(ids: Tensor, mask: Tensor | None, cfg: Gemma4Config) -> tuple[Tensor
 
 
 def _check_types(given: Mapping[str, Tensor], tokens: Tensor, cfg: Gemma4Config) -> None:
-    """The processor of transformers marks soft tokens of pictures with 1, of sounds with 3."""
+    """Transformers' processor marks soft tokens of pictures, videos and sounds with 1, 2 and 3."""
     if (kinds := given.get("mm_token_type_ids")) is None:
         return
     if kinds.shape != tokens.shape:
         raise InputError(
             f"mm_token_type_ids is {tuple(kinds.shape)}, but the ids are {tuple(tokens.shape)}"
         )
-    for kind, id_ in ((1, cfg.image_id), (3, cfg.audio_id)):
+    if not ((kinds == 0) | (kinds == 1) | (kinds == 2) | (kinds == 3)).all():
+        raise InputError("mm_token_type_ids holds other values than 0, 1, 2 and 3")
+    for kind, id_ in ((1, cfg.image_id), (2, cfg.video_id), (3, cfg.audio_id)):
         marked = kinds == kind
         if not torch.equal(marked, tokens == id_ if id_ is not None else torch.zeros_like(marked)):
             raise InputError(
@@ -251,7 +254,8 @@ def _check_soft_tokens(batch: Batch, cfg: Gemma4Config) -> None:
         found = [] if id_ is None else (batch.tokens == id_).sum(1).tolist()
         if sum(found) != sum(made):
             raise InputError(
-                f"{sum(found)} {kind} placeholders, but the inputs make {sum(made)} soft tokens {made}"
+                f"{sum(found)} {kind} placeholders, but the inputs make {sum(made)} soft tokens "
+                f"{made}"
             )
         ends, end = set(), 0
         for count in (0, *made):
@@ -260,7 +264,8 @@ def _check_soft_tokens(batch: Batch, cfg: Gemma4Config) -> None:
         for row, count in enumerate(found):
             if (end := end + count) not in ends:
                 raise InputError(
-                    f"prompt {row} has {count} {kind} placeholders, which no whole {kind}s of {made} fill"
+                    f"prompt {row} has {count} {kind} placeholders, which no whole {kind}s of "
+                    f"{made} fill"
                 )
 
 
@@ -271,12 +276,19 @@ def _image_counts(batch: Batch, cfg: Gemma4Config) -> list[int]:
         return []
     if (
         pixels.ndim != 3
+        or 0 in pixels.shape
         or pixels.shape[2] != vision.d_patch
         or positions.shape != (*pixels.shape[:2], 2)
     ):
         raise InputError(
-            f"pixel_values are {tuple(pixels.shape)} and image_position_ids {tuple(positions.shape)}, "
-            f"expected [image, patch, {vision.d_patch}] and [image, patch, 2]"
+            f"pixel_values are {tuple(pixels.shape)} and image_position_ids "
+            f"{tuple(positions.shape)}, expected [image, patch, {vision.d_patch}] and "
+            "[image, patch, 2]"
+        )
+    if not pixels.is_floating_point() or positions.is_floating_point():
+        raise InputError(
+            f"pixel_values are {pixels.dtype} and image_position_ids {positions.dtype}, expected "
+            "floats and integers"
         )
     if not pixels.isfinite().all():
         raise InputError("pixel_values hold NaN or infinity")
@@ -284,12 +296,21 @@ def _image_counts(batch: Batch, cfg: Gemma4Config) -> list[int]:
         raise InputError(
             f"image_position_ids go beyond the tower's {vision.n_positions} columns and rows"
         )
-    counts, side = (positions[..., 0] >= 0).sum(1), vision.pooling
-    grids = positions.amax(1) + 1
-    if (grids % side).any() or (grids.prod(1) != counts).any() or pixels.shape[1] % side**2:
+    given, side = (positions >= 0).all(-1), vision.pooling
+    grids, counts = positions.amax(1) + 1, given.sum(1)
+    distinct = [
+        len(picture[mask].unique(dim=0)) for picture, mask in zip(positions, given, strict=True)
+    ]
+    if (
+        (grids % side).any()
+        or (grids.prod(1) != counts).any()
+        or (counts == 0).any()
+        or distinct != counts.tolist()
+        or pixels.shape[1] % side**2
+    ):
         raise InputError(
-            f"pictures of {grids.tolist()} columns and rows and {counts.tolist()} patches, padded to "
-            f"{pixels.shape[1]}: expected whole grids of {side} x {side} squares"
+            f"pictures of {grids.tolist()} columns and rows and {counts.tolist()} patches, padded "
+            f"to {pixels.shape[1]}: expected whole grids of {side} x {side} squares"
         )
     return (counts // side**2).tolist()
 
@@ -299,11 +320,21 @@ def _sound_counts(batch: Batch, cfg: Gemma4Config) -> list[int]:
     mel, mask, audio = batch.mel, batch.mel_mask, cfg.audio
     if mel is None or mask is None or audio is None:
         return []
-    if mel.ndim != 3 or mel.shape[2] != audio.n_mels or mask.shape != mel.shape[:2]:
+    if (
+        mel.ndim != 3
+        or 0 in mel.shape
+        or mel.shape[2] != audio.n_mels
+        or mask.shape != mel.shape[:2]
+    ):
         raise InputError(
             f"input_features are {tuple(mel.shape)} and input_features_mask {tuple(mask.shape)}, "
             f"expected [sound, frame, {audio.n_mels}] and [sound, frame]"
         )
+    if not mel.is_floating_point():
+        raise InputError(f"input_features are {mel.dtype}, expected floats")
     if not mel.isfinite().all():
         raise InputError("input_features hold NaN or infinity")
-    return mask[:, ::2][:, ::2].sum(1).tolist()
+    counts = mask[:, ::2][:, ::2].sum(1).tolist()
+    if 0 in counts:
+        raise InputError(f"input_features_mask leaves sound {counts.index(0)} no frames")
+    return counts

@@ -17,8 +17,9 @@ from g4lens.errors import InputError
 
 QUOTE = '<|"|>'
 MAX_DEPTH = 32
+MESSAGE_DEPTH = 64  # the deepest call, and the message around it
 OPENING = re.compile(r"<\|channel>|<\|tool_call>")
-ENDING = re.compile(r"(<turn\|>|<eos>|<\|tool_response>|\s)+\Z")
+ENDINGS = ("<turn|>", "<eos>", "<|tool_response>")
 # What each pair of marks makes of the tokens between them
 SPANS = {
     "<|channel>": ("<channel|>", "thought"),
@@ -85,7 +86,8 @@ def render(
         role = message.get("role") if isinstance(message, Mapping) else None
         if role not in (*ROLES, "tool"):
             raise InputError(
-                f"message {index} has role {role!r}, expected system, user, assistant, model or tool"
+                f"message {index} has role {role!r}, expected system, user, assistant, model or "
+                "tool"
             )
     try:
         return (
@@ -154,12 +156,12 @@ def shielded(
         allowed: special tokens that may stand in it.
 
     Raises: InputError: a special token, which would forge the structure of the conversation; a
-        value that JSON cannot write; more than 32 levels of nesting.
+        value that JSON cannot write; more than 64 levels of nesting.
     """
 
     def rebuilt(value: Any, depth: int) -> Any:
-        if depth > MAX_DEPTH:
-            raise InputError(f"{where} nests deeper than {MAX_DEPTH} levels")
+        if depth > MESSAGE_DEPTH:
+            raise InputError(f"{where} nests deeper than {MESSAGE_DEPTH} levels")
         if value is None or isinstance(value, bool | int | float):
             return value
         if isinstance(value, str):
@@ -180,8 +182,8 @@ def shielded(
         if forged := [token for token in parts[1::2] if token not in allowed]:
             raise InputError(
                 f"{where} holds the special token {forged[0]!r}, which would forge the structure "
-                "of the conversation: leave it out, give an Image or Audio in the place of a "
-                "placeholder, or write the whole prompt by hand with prompt(...)"
+                "of the conversation: leave it out, or write the whole prompt by hand with "
+                "prompt(...)"
             )
         parts[::2] = [part.replace("<", SHIELD) for part in parts[::2]]
         return "".join(parts)
@@ -238,11 +240,14 @@ def parse(text: str) -> Reply:
             calls.append(reader.call())
             at = reader.at
         else:
-            thought, _, _ = text[opening.end() :].partition("<channel|>")
-            at = min(len(text), opening.end() + len(thought) + len("<channel|>"))
-            thoughts.append(thought.removeprefix("thought").strip())
-    answer = ENDING.sub("", "".join([*said, text[at:]]))
-    return Reply(answer.strip(), tuple(filter(None, thoughts)), tuple(calls))
+            end = text.find("<channel|>", opening.end())
+            end = len(text) if end < 0 else end
+            thoughts.append(text[opening.end() : end].removeprefix("thought").strip())
+            at = end + len("<channel|>")
+    answer = "".join([*said, text[at:]]).strip()
+    while ending := next((mark for mark in ENDINGS if answer.endswith(mark)), None):
+        answer = answer.removesuffix(ending).rstrip()
+    return Reply(answer, tuple(filter(None, thoughts)), tuple(calls))
 
 
 class _Reader:

@@ -1,7 +1,8 @@
 """Pictures: decoded, resized to a budget of soft tokens, and cut into patches.
 
-Equal to `Gemma4ImageProcessorPil` of transformers' `models/gemma4/image_processing_pil_gemma4.py`, but for the
-padding to the budget, which changes no result.
+Equal to `Gemma4ImageProcessorPil` of transformers'
+`models/gemma4/image_processing_pil_gemma4.py`, but for the padding to the budget, which changes no
+result.
 """
 
 import io
@@ -28,8 +29,8 @@ class Image:
     """A picture for a prompt.
 
     Args:
-        source: a path, the bytes of an image file, a PIL image, or an array `[height, width, 3]` (or
-            `[height, width]`, grey) of uint8, or of floats from 0 to 1.
+        source: a path, the bytes of an image file, a PIL image, or an array `[height, width, 3]`
+            (or `[height, width]`, grey) of uint8, or of floats from 0 to 1.
     """
 
     def __init__(self, source: Any):
@@ -70,7 +71,7 @@ class ImageSettings:
 
     @classmethod
     def from_json(cls, folder: str | Path) -> "ImageSettings":
-        """Read `processor_config.json` or `preprocessor_config.json`; defaults where there is neither.
+        """Read `processor_config.json` or `preprocessor_config.json`, or else take the defaults.
 
         Raises: InputError: settings that ask for something else than Gemma 4's preprocessing.
         """
@@ -137,7 +138,7 @@ def patches(image: Image, settings: ImageSettings) -> ImagePatches:
 
 
 def target_size(size: tuple[int, int], settings: ImageSettings) -> tuple[int, int]:
-    """Width and height to resize to: the largest in whole tiles that keep the aspect and the budget.
+    """Width and height to resize to: the largest whole tiles that keep aspect and budget.
 
     Raises: InputError: a picture so narrow that no tile fits.
     """

@@ -7,13 +7,13 @@ from typing import Any
 
 from g4lens.config import Gemma4Config
 from g4lens.errors import InputError
-from g4lens.inputs.chat import render
+from g4lens.inputs.chat import QUOTE, SHIELD, render, shielded
 from g4lens.inputs.image import Image, ImagePatches, ImageSettings, patches
 from g4lens.inputs.prompt import Prompt, build
 from g4lens.inputs.sound import Audio, MelFrames, SoundSettings, mel_frames
 from g4lens.inputs.tokenizer import Tokenizer
 
-SPOKEN_BY_THE_MODEL = ("channel", "tool_call", "tool_response")
+SPOKEN_BY_THE_MODEL = ("channel", "tool_call", "tool_response", QUOTE)
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,27 @@ class Processor:
     def from_folder(cls, folder: str | Path, cfg: Gemma4Config) -> "Processor":
         """Read a checkpoint's tokenizer, processor settings and chat template.
 
-        Raises: InputError: no tokenizer, or a file that cannot be used.
+        Raises: InputError: no tokenizer, one that knows more tokens than the config, or a file that
+            cannot be used.
         """
         folder = Path(folder)
-        template = folder / "chat_template.jinja"
+        tokenizer = Tokenizer.from_folder(folder)
+        if tokenizer.n_vocab > cfg.d_vocab:
+            raise InputError(
+                f"{folder}: the tokenizer has {tokenizer.n_vocab} tokens, expected at most the "
+                f"config's {cfg.d_vocab}"
+            )
+        path = folder / "chat_template.jinja"
+        try:
+            template = path.read_text(encoding="utf-8") if path.is_file() else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not readable as text ({error})") from None
         return cls(
             cfg,
-            Tokenizer.from_folder(folder),
+            tokenizer,
             ImageSettings.from_json(folder),
             SoundSettings.from_json(folder),
-            template.read_text(encoding="utf-8") if template.is_file() else None,
+            template,
         )
 
     def with_budget(self, max_soft_tokens: int) -> "Processor":
@@ -109,6 +120,9 @@ class Processor:
         """
         if self.chat_template is None:
             raise InputError("this checkpoint has no chat_template.jinja: use prompt(...)")
+        for name, given in (("messages", messages), ("tools", tools or [])):
+            if not isinstance(given, list | tuple):
+                raise InputError(f"{name}: found a {type(given).__name__}, expected a list")
         media: list[Image | Audio] = []
         plain = [self._plain(i, message, media) for i, message in enumerate(messages)]
         special = {
@@ -119,17 +133,36 @@ class Processor:
         text = render(
             self.chat_template,
             plain,
-            tools=tools,
+            tools=tools and shielded(tools, self.tokenizer.split, "tools"),
             thinking=thinking,
             add_generation_prompt=add_generation_prompt,
             special={name: self.tokenizer.token_text(i) for name, i in special.items()},
         )
-        return self._expanded(self.tokenizer.encode(text), media)
+        return self._expanded(self._encoded(text), media)
 
     def extend(self, prompt: Prompt, ids: Sequence[int]) -> Prompt:
-        """The prompt with more tokens behind it. Raises: InputError: they hold placeholders."""
+        """The prompt with more tokens behind it; a placeholder among them has no picture or sound.
+
+        Raises: InputError: no such id.
+        """
         whole = [*prompt.ids.tolist(), *ids]
         return build(whole, self.tokenizer, self.cfg, prompt.images, prompt.sounds)
+
+    def _encoded(self, text: str) -> list[int]:
+        """The ids of a rendered conversation: only its template wrote special tokens."""
+        ids: list[int] = []
+        for index, part in enumerate(self.tokenizer.split(text)):
+            if index % 2:
+                ids.append(self.tokenizer.special[part])
+                continue
+            part = part.replace(SHIELD, "<")
+            if forged := self.tokenizer.split(part)[1:2]:
+                raise InputError(
+                    f"texts of the messages join into the special token {forged[0]!r}, which would "
+                    "forge the structure of the conversation"
+                )
+            ids += self.tokenizer.encode(part)
+        return ids
 
     def _expanded(self, ids: Sequence[int], media: Sequence[Image | Audio]) -> Prompt:
         """Put each picture's and sound's soft tokens in the place of its one placeholder."""
@@ -164,21 +197,27 @@ class Processor:
         """A message as templates expect it; its pictures and sounds are collected in order."""
         if not isinstance(message, Mapping):
             raise InputError(
-                f"message {index} is a {type(message).__name__}, expected a mapping with role and content"
+                f"message {index} is a {type(message).__name__}, expected a mapping with role and "
+                "content"
             )
-        content = message.get("content")
-        where, model = f"message {index}", message.get("role") in ("assistant", "model")
-        if isinstance(content, str):
-            self._refuse_structure(content, where, model)
-            return message
-        if not isinstance(content, list | tuple):
-            return message
-        parts = [self._plain_part(part, where, model, media) for part in content]
-        return {**message, "content": parts}
+        where, split = f"message {index}", self.tokenizer.split
+        plain = shielded({k: v for k, v in message.items() if k != "content"}, split, where)
+        if "content" in message:
+            content = message["content"]
+            if isinstance(content, str):
+                self._refuse_placeholders(content, where)
+            elif isinstance(content, list | tuple):
+                content = [self._plain_part(part, where, media) for part in content]
+            may_speak = message.get("role") in ("assistant", "model")
+            allowed = [
+                token
+                for token in self.tokenizer.special
+                if may_speak and any(word in token for word in SPOKEN_BY_THE_MODEL)
+            ]
+            plain["content"] = shielded(content, split, where, allowed)
+        return plain
 
-    def _plain_part(
-        self, part: Any, where: str, model: bool, media: list[Image | Audio]
-    ) -> dict[str, Any]:
+    def _plain_part(self, part: Any, where: str, media: list[Image | Audio]) -> dict[str, Any]:
         if isinstance(part, str):
             part = {"type": "text", "text": part}
         elif isinstance(part, Image):
@@ -193,7 +232,11 @@ class Processor:
             )
         value = part[kind]
         if kind == "text":
-            self._refuse_structure(value, where, model)
+            if not isinstance(value, str):
+                raise InputError(
+                    f"{where}: found a text of type {type(value).__name__}, expected str"
+                )
+            self._refuse_placeholders(value, where)
             return {"type": "text", "text": value}
         wrap = Image if kind == "image" else Audio
         media.append(value if isinstance(value, wrap) else wrap(value))
@@ -224,18 +267,6 @@ class Processor:
             if id_ is not None and (written := self.tokenizer.token_text(id_)) in text:
                 raise InputError(
                     f"{where} holds the placeholder {written!r}: give an {kind} in its place"
-                )
-
-    def _refuse_structure(self, text: Any, where: str, model: bool) -> None:
-        """No message may open or close turns; only the model's may hold thoughts and calls."""
-        if not isinstance(text, str):
-            raise InputError(f"{where}: found a text of type {type(text).__name__}, expected str")
-        self._refuse_placeholders(text, where)
-        for token in self.tokenizer.special:
-            if token in text and not (model and any(word in token for word in SPOKEN_BY_THE_MODEL)):
-                raise InputError(
-                    f"{where} holds the special token {token!r}, which would forge the structure of the "
-                    "conversation: leave it out, or write the whole prompt by hand with prompt(...)"
                 )
 
 

@@ -122,28 +122,21 @@ def build(
 ) -> Prompt:
     """Token ids with placeholders, and the pictures and sounds that belong to them, as a prompt.
 
-    Raises: InputError: the placeholders are not as many as the soft tokens.
+    A placeholder beyond the soft tokens there are, such as a model may write, is a special token;
+    no model takes such a prompt as its input.
+
+    Raises: InputError: no such id.
     """
     texts = [tokenizer.token_text(i) for i in ids]
     special = set(tokenizer.special.values())
-    image_places = _places(images)
-    sound_places = _places(sounds)
-    for name, id_, places in (
-        ("image", cfg.image_id, image_places),
-        ("audio", cfg.audio_id, sound_places),
-    ):
-        if (found := sum(i == id_ for i in ids)) != len(places):
-            raise InputError(
-                f"{found} {name} placeholders, but the prompt's {name}s make {len(places)} soft tokens"
-            )
-    seen, heard = iter(image_places), iter(sound_places)
+    seen, heard = iter(_places(images)), iter(_places(sounds))
     tokens = []
     for index, (id_, text, role) in enumerate(zip(ids, texts, roles(texts), strict=True)):
-        if id_ == cfg.image_id:
-            item, k = next(seen)
+        if id_ == cfg.image_id and (place := next(seen, None)):
+            item, k = place
             tokens.append(Token(index, id_, text, "image", role, item, box=images[item].box(k)))
-        elif id_ == cfg.audio_id:
-            item, k = next(heard)
+        elif id_ == cfg.audio_id and (place := next(heard, None)):
+            item, k = place
             tokens.append(Token(index, id_, text, "audio", role, item, span=sounds[item].span(k)))
         else:
             tokens.append(Token(index, id_, text, "special" if id_ in special else "text", role))

@@ -1,6 +1,7 @@
 """Sounds: decoded, mixed to mono, resampled, cut at 30 s, and turned into log-mel frames.
 
-Equal to `Gemma4AudioFeatureExtractor` of transformers' `models/gemma4/feature_extraction_gemma4.py`.
+Equal to `Gemma4AudioFeatureExtractor` of transformers'
+`models/gemma4/feature_extraction_gemma4.py`.
 """
 
 import warnings
@@ -25,8 +26,8 @@ class Audio:
     """A sound for a prompt.
 
     Args:
-        source: a path (wav, flac, ogg, mp3), or an array `[sample]` or `[sample, channel]` of floats from
-            -1 to 1 or of integers.
+        source: a path (wav, flac, ogg, mp3), or an array `[sample]` or `[sample, channel]` of
+            floats from -1 to 1 or of integers.
         rate: samples a second of an array; a file knows its own.
     """
 
@@ -48,7 +49,8 @@ class Audio:
     def __repr__(self) -> str:
         if isinstance(self.source, Path):
             return f"Audio({str(self.source)!r})"
-        return f"Audio({type(self.source).__name__} {getattr(self.source, 'shape', '')}, rate={self.rate})"
+        shape = getattr(self.source, "shape", "")
+        return f"Audio({type(self.source).__name__} {shape}, rate={self.rate})"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class SoundSettings:
 
     @classmethod
     def from_json(cls, folder: str | Path) -> "SoundSettings":
-        """Read `processor_config.json` or `preprocessor_config.json`; defaults where there is neither.
+        """Read `processor_config.json` or `preprocessor_config.json`, or else take the defaults.
 
         Raises: InputError: settings that ask for something else than Gemma 4's preprocessing.
         """
@@ -96,8 +98,8 @@ class SoundSettings:
         return cls(
             rate,
             raw.get("feature_size", 128),
-            raw.get("frame_length", round(rate * raw.get("frame_length_ms", 20.0) / 1000)),
-            raw.get("hop_length", round(rate * raw.get("hop_length_ms", 10.0) / 1000)),
+            raw.get("frame_length") or round(rate * raw.get("frame_length_ms", 20.0) / 1000),
+            raw.get("hop_length") or round(rate * raw.get("hop_length_ms", 10.0) / 1000),
             raw.get("min_frequency", 0.0),
             raw.get("max_frequency", 8_000.0),
             raw.get("mel_floor", 1e-3),
@@ -122,7 +124,7 @@ class MelFrames:
 
     @property
     def n_soft_tokens(self) -> int:
-        """How many soft tokens it becomes: two convolutions of stride 2 leave every fourth frame."""
+        """How many soft tokens it becomes: two convolutions of stride 2 leave a fourth."""
         return int(self.mask[::2][::2].sum())
 
     def span(self, k: int) -> tuple[float, float]:
@@ -135,7 +137,8 @@ def mel_frames(sound: Audio, settings: SoundSettings) -> MelFrames:
     """Decode a sound and compute its frames.
 
     Raises:
-        InputError: a sound that cannot be decoded, is empty, silent, shorter than a frame, or not finite.
+        InputError: a sound that cannot be decoded, is empty, silent, shorter than a frame, or not
+            finite.
     """
     wave = _samples(sound, settings.rate)
     n = len(wave)
@@ -162,9 +165,9 @@ def mel_frames(sound: Audio, settings: SoundSettings) -> MelFrames:
 
 @lru_cache(maxsize=8)
 def mel_bands(settings: SoundSettings) -> np.ndarray:
-    """Triangular bands `[frequency, mel]`, evenly spaced on the HTK mel scale 2595 log10(1 + f / 700)."""
-    ends = 2595 * np.log10(1 + np.array([settings.low, settings.high]) / 700)
-    edges = 700 * (10 ** (np.linspace(*ends, settings.n_mels + 2) / 2595) - 1)
+    """Triangular bands `[frequency, mel]`, even on HTK's mel scale 2595 log10(1 + f / 700)."""
+    low, high = (2595 * np.log10(1 + hz / 700) for hz in (settings.low, settings.high))
+    edges = 700 * (10 ** (np.linspace(low, high, settings.n_mels + 2) / 2595) - 1)
     bins = np.linspace(0, settings.rate // 2, settings.n_fft // 2 + 1)[:, None]
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
@@ -203,7 +206,9 @@ def _read(sound: Audio) -> tuple[np.ndarray, float, bool]:
                 f"{sound}: samples are {samples.dtype}, expected floats or signed integers"
             )
         most = round(MAX_SECONDS * sound.rate)
-        return samples[:most] if samples.ndim else samples, sound.rate, samples.ndim > 0 and len(samples) > most
+        if samples.ndim == 0:
+            return samples, sound.rate, False
+        return samples[:most], sound.rate, len(samples) > most
     import soundfile
 
     if not sound.source.is_file():

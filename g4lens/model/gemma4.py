@@ -8,8 +8,10 @@ Source: `Gemma4Model` in transformers' `models/gemma4/modeling_gemma4.py`.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +57,7 @@ class Gemma4(TextModel, Watched):
     @property
     def device(self) -> torch.device:
         """Where the decoder's weights are."""
-        return self.blocks[0].scalar.device
+        return self.embed.ple_context.weight.device
 
     @property
     def source(self) -> Any:
@@ -131,7 +133,7 @@ class Gemma4(TextModel, Watched):
     ) -> State:
         """Run prepared inputs through the blocks, all at once or chunk by chunk.
 
-        `index` names the rows to read, on the CPU. Chunks read the rows that any prompt of the batch
+        `index` names the rows to read, on the CPU. Chunks read what any prompt of the batch
                 reads.
         """
         n, soft = batch.tokens.shape[1], self._soft_tokens(batch)
@@ -177,12 +179,16 @@ class Gemma4(TextModel, Watched):
     def _soft_tokens(self, batch: Batch) -> Soft:
         """Where soft tokens stand, and what the towers make of the pictures and sounds."""
         soft: list[tuple[Tensor, Tensor]] = []
-        if batch.pixels is not None and self.vision is not None:
+        if (
+            self.vision is not None
+            and batch.pixels is not None
+            and batch.patch_positions is not None
+        ):
             where = batch.tokens == self.cfg.image_id
             is_padded = bool((batch.patch_positions < 0).any())
             pixels, positions = batch.pixels.to(self.device), batch.patch_positions.to(self.device)
             soft.append((where.to(self.device), self.vision(pixels, positions, is_padded)))
-        if batch.mel is not None and self.audio is not None:
+        if self.audio is not None and batch.mel is not None and batch.mel_mask is not None:
             where = batch.tokens == self.cfg.audio_id
             mel, mask = batch.mel.to(self.device), batch.mel_mask.to(self.device)
             soft.append((where.to(self.device), self.audio(mel, mask)))
@@ -319,13 +325,14 @@ class Gemma4(TextModel, Watched):
 
     def _check_fits(self, n_positions: int) -> None:
         """Refuse a read whose logits could not be held: 1 MiB a position in E2B, in float32."""
-        size = self.blocks[0].scalar.element_size()
+        size = self.embed.ple_context.weight.element_size()
         need = 2 * n_positions * self.cfg.d_vocab * size  # before and after the cap
         free = free_memory(self.device)
         if need > free:
             raise InputError(
-                f"the logits of {n_positions:,} positions need {need / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB "
-                f"are free on {self.device}: name the positions you need, as in read=-1"
+                f"the logits of {n_positions:,} positions need {need / 2**30:.1f} GiB, but "
+                f"{free / 2**30:.1f} GiB are free on {self.device}: name the positions you need, "
+                "as in read=-1"
             )
 
 
@@ -337,7 +344,10 @@ def free_memory(device: torch.device) -> int:
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     if device.type == "meta":
         return 2**62
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _columns(soft: Soft, start: int, end: int) -> Soft:

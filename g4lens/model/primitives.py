@@ -48,16 +48,21 @@ class ClippedLinear(nn.Linear):
     The bounds are infinite until a checkpoint or a training run sets them: `Gemma4ClippableLinear`.
     """
 
+    input_min: Tensor
+    input_max: Tensor
+    output_min: Tensor
+    output_max: Tensor
+
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in, d_out, bias=False)
         for side in ("input", "output"):
             self.register_buffer(f"{side}_min", torch.tensor(-torch.inf))
             self.register_buffer(f"{side}_max", torch.tensor(torch.inf))
 
-    def forward(self, x: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes d_out"]:
+    def forward(self, input: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes d_out"]:
         """The clamped output of the clamped input."""
-        x = super().forward(x.clamp(self.input_min, self.input_max))
-        return x.clamp(self.output_min, self.output_max)
+        output = super().forward(input.clamp(self.input_min, self.input_max))
+        return output.clamp(self.output_min, self.output_max)
 
 
 def linear(d_in: int, d_out: int, clipped: bool) -> nn.Linear:

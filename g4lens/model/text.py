@@ -6,8 +6,8 @@ One block, top to bottom. Every `ln` is an RMSNorm; the field's names for the sl
                 └───────────────────────────────┘
     resid_mid ──┬─ ln2 ─ gated MLP ─ ln2_post ─(+)── resid_pre_ple
                 └──────────────────────────────┘
-    resid_pre_ple ─┬─ gate · per-layer embedding ─ project ─ ln_ple_post ─(+)─ * scalar ── resid_post
-                   └───────────────────────────────────────────────────────┘
+    resid_pre_ple ─┬─ gate · per-layer embedding ─ project ─ ln ─(+)─ * scalar ── resid_post
+                   └──────────────────────────────────────────────┘
 
 In E2B four of every five blocks attend to the last 512 positions, the fifth to all of them.
 Blocks 15 to 34 own no keys or values: local ones read block 13's, global ones block 14's. So after

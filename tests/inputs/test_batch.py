@@ -69,6 +69,12 @@ def mapping(**changes):
     return {k: v for k, v in {**inputs, **changes}.items() if v is not None}
 
 
+def twice_the_first():
+    positions = pictures((2, 1))["image_position_ids"]
+    positions[0, 1] = positions[0, 0]
+    return positions
+
+
 TOO_LONG = torch.full((1, 600), 5)
 WRONG = [
     ("text", "but this model has no tokenizer"),
@@ -124,6 +130,26 @@ WRONG = [
     ),
     (mapping(mm_token_type_ids=torch.zeros(1, 11)), "marks other tokens with 1"),
     (mapping(mm_token_type_ids=torch.zeros(1, 2)), r"mm_token_type_ids is \(1, 2\)"),
+    (mapping(mm_token_type_ids=torch.full((1, 11), 7)), "other values than 0, 1, 2 and 3"),
+    (mapping(mm_token_type_ids=torch.full((1, 11), 2)), "marks other tokens with 1"),
+    (
+        {"input_ids": [[2, 3]], "mm_token_type_ids": [[2, 0]]},
+        "marks other tokens with 2 than the placeholders 96",
+    ),
+    (
+        {"input_ids": [[2, 3]], "num_soft_tokens_per_image": [2]},
+        r"num_soft_tokens_per_image is \[2\], but the pictures make \[\]",
+    ),
+    ({"input_ids": [[2, 3]], "attention_mask": [[0.5, 1.0]]}, "other values than 0 and 1"),
+    ([2**70], "a row of token ids is no tensor"),
+    ({}, "inputs hold nothing but no 'input_ids'"),
+    (mapping(pixel_values=torch.zeros(1, 18, 48).byte()), "pixel_values are torch.uint8"),
+    (mapping(image_position_ids=torch.zeros(1, 18, 2)), "image_position_ids torch.float32"),
+    (mapping(pixel_values=torch.zeros(0, 18, 48)), r"pixel_values are \(0, 18, 48\)"),
+    (mapping(image_position_ids=torch.full((1, 18, 2), -1)), "expected whole grids of 3 x 3"),
+    (mapping(image_position_ids=twice_the_first()), "expected whole grids of 3 x 3"),
+    (mapping(input_features=torch.zeros(1, 18, 16).long()), "input_features are torch.int64"),
+    (mapping(input_features_mask=torch.zeros(1, 18)), "leaves sound 0 no frames"),
 ]
 
 

@@ -1,5 +1,7 @@
 """Conversations: rendered in the sandbox, roles marked, calls parsed and never evaluated."""
 
+import json
+
 import pytest
 
 from g4lens.errors import InputError
@@ -77,6 +79,10 @@ def test_messages_that_cannot_be_rendered(messages, says):
         "{{ messages.append(1) }}",
         "{% include 'x' %}",
         "{{ nonsense( }}",
+        "{{ 1 / 0 }}",
+        "{{ raise_exception('no') }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
 def test_the_sandbox_holds(template):
@@ -133,7 +139,18 @@ def nested(depth):
         ("<|tool_call>call:f{a:__import__('os')}<tool_call|>", "expected a value"),
         ("<|tool_call>call:{}<tool_call|>", "the name of a function"),
         ("<|tool_call>call:f{}", "expected '<tool_call|>'".replace("|", r"\|")),
-        (nested(40), "at most 32 levels"),
+        ("<|tool_call>call:f{a:1,a:2}<tool_call|>", "expected no second 'a' at character 24"),
+        ("<|tool_call>call:f{a:1,}<tool_call|>", "expected a key"),
+        (
+            "<|tool_call>call:f{a:1e999}<tool_call|>",
+            "a number that fits in 64 bits at character 21",
+        ),
+        ("<|tool_call>call:f{a:\u0663}<tool_call|>", "expected a value"),
+        (
+            "<|channel>thought\nhm<channel|><|tool_call>call:f{a:?}",
+            "expected a value at character 51",
+        ),
+        (nested(33), "at most 32 levels"),
         (nested(100_000), "at most 32 levels"),
     ],
 )
@@ -143,7 +160,25 @@ def test_malformed_calls(text, says):
 
 
 def test_the_deepest_call():
-    value = parse(nested(31)).tool_calls[0].arguments["a"]
-    for _ in range(30):
+    value = parse(nested(32)).tool_calls[0].arguments["a"]
+    for _ in range(31):
         (value,) = value
     assert value == []
+
+
+def test_thoughts_and_calls_do_not_reach_into_each_other():
+    call = '<|tool_call>call:f{a:<|"|><|channel>thought\nno<channel|><|"|>}<tool_call|>'
+    assert parse(call) == Reply("", (), (ToolCall("f", {"a": "<|channel>thought\nno<channel|>"}),))
+    planned = "<|channel>thought\nfirst <|tool_call>call:?<channel|>Now."
+    assert parse(planned) == Reply("Now.", ("first <|tool_call>call:?",))
+    assert parse("<|channel>thought\n<channel|>Yes") == Reply("Yes")
+    assert parse("Two.<turn|>\n<eos>") == Reply("Two.")
+
+
+def test_what_templates_are_promised():
+    messages = [{"role": "user", "content": "é<b>"}]
+    written = render("{{ messages | tojson(indent=1) }}", messages, special=SPECIAL)
+    assert json.loads(written) == messages and "é<b>" in written
+    assert render("{{ strftime_now('%Y') }}", messages, special=SPECIAL).isdigit()
+    breaking = "{% for m in messages %}{% break %}{% endfor %}{{ bos_token }}"
+    assert render(breaking, messages, special=SPECIAL) == "<bos>"

@@ -1,6 +1,6 @@
-"""The model computes what transformers computes: whole tensors, on checkpoints with nothing at its default.
+"""The model computes what transformers computes: whole tensors, with nothing at its default.
 
-The distance of two tensors is the largest difference, in units of the reference's standard deviation.
+The distance of two tensors is the largest difference, in standard deviations of the reference.
 """
 
 import pytest
