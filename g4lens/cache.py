@@ -6,9 +6,9 @@ residual stream into what wrote it, and tell the decoder's state before any bloc
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -87,10 +87,6 @@ class ActivationCache(Parts, Mapping[str, Tensor]):
     def __contains__(self, key: object) -> bool:
         return key in self._entries
 
-    def get(self, key: Any, default: Any = None) -> Any:
-        """The entry, or `default` where the cache holds none of that name."""
-        return self[key] if key in self else default  # noqa: SIM401 (this is that `get`)
-
     def __repr__(self) -> str:
         size = sum(x.untyped_storage().nbytes() for x in self._storages())
         return (
@@ -112,6 +108,8 @@ class ActivationCache(Parts, Mapping[str, Tensor]):
         *towers, short = (part for part in key if isinstance(part, str))
         prefix = "".join(f"{tower}." for tower in towers)
         layers = [part for part in key if not isinstance(part, str)]
+        if not towers and any(not 0 <= layer < self.cfg.n_layers for layer in layers):
+            raise HookNameError(f"no block {layers[0]}, expected 0 to {self.cfg.n_layers - 1}")
         *path, last = short.split(".")
         point = ".".join([*path, last if last.startswith("hook_") else f"hook_{last}"])
         inside = f"{prefix}blocks.{layers[0]}." if layers else prefix
@@ -127,17 +125,45 @@ class ActivationCache(Parts, Mapping[str, Tensor]):
         pieces, axes = self._entries[name], self._hooks[name][0].axes
         if len(pieces) == 1:
             return pieces[0]
-        if "query_pos" in axes:
-            n_keys = max(piece.shape[-1] for piece in pieces)
-            widened = [torch.nn.functional.pad(p, (0, n_keys - p.shape[-1])) for p in pieces]
-            return torch.cat(widened, dim=axes.index("query_pos"))
-        if "key_pos" in axes and not self._is_owner(name):
-            return pieces[-1]  # a reader sees all keys held, each time anew
-        return torch.cat(pieces, dim=1)
+        if "key_pos" not in axes or self._is_written(name):
+            return torch.cat(pieces, dim=1)
+        spans = self._key_spans(name)
+        if "query_pos" not in axes:  # a reader sees all keys held, each time anew
+            fresh = [x[:, new - end :] for x, (_, new, end) in zip(pieces, spans, strict=True)]
+            return torch.cat(fresh, dim=1)
+        fill = -torch.inf if "scores" in name else 0.0
+        total = spans[-1][2]
+        wide = [
+            F.pad(x, (first, total - end), value=fill)
+            for x, (first, _, end) in zip(pieces, spans, strict=True)
+        ]
+        return torch.cat(wide, dim=axes.index("query_pos"))
 
-    def _is_owner(self, name: str) -> bool:
-        layer = self._hooks[name][0].layer()
-        return layer is not None and self.cfg.owns_kv(layer)
+    def _is_written(self, name: str) -> bool:
+        """Does each piece hold just the keys or values that its chunk wrote?"""
+        hook = self._hooks[name][0]
+        layer = hook.layer()
+        return "query_pos" not in hook.axes and layer is not None and self.cfg.owns_kv(layer)
+
+    def _key_spans(self, name: str) -> list[tuple[int, int, int]]:
+        """Among all keys: where each piece begins, where its new ones begin, and where it ends.
+
+        A piece holds those of the piece before, or what the window leaves of them, and new ones.
+        """
+        spans: list[tuple[int, int, int]] = []
+        before: Tensor | None = None
+        for hook in self._hooks[name]:
+            keys, end = hook.key_positions, spans[-1][2] if spans else 0
+            if keys is None:
+                raise CacheError(f"{name} does not know the positions of its keys")
+            kept = 0
+            if before is not None:
+                kept = min(before.shape[1], keys.shape[1])
+                while kept and not torch.equal(before[:, before.shape[1] - kept :], keys[:, :kept]):
+                    kept -= 1
+            spans.append((end - kept, end, end - kept + keys.shape[1]))
+            before = keys
+        return spans
 
     def positions(self, name: str) -> Int[Tensor, "batch row"]:
         """Which positions the rows of an entry are, -1 at padding; of keys, which the keys are.
@@ -150,8 +176,7 @@ class ActivationCache(Parts, Mapping[str, Tensor]):
             self[name]
         hooks = self._hooks[name]
         if "key_pos" in hooks[0].axes and "query_pos" not in hooks[0].axes:
-            keys = [hook.key_positions for hook in hooks if hook.key_positions is not None]
-            return torch.cat(keys, dim=1) if self._is_owner(name) else keys[-1]
+            return self._key_positions(name)
         rows = [hook.positions for hook in hooks if hook.positions is not None]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
@@ -186,13 +211,20 @@ class ActivationCache(Parts, Mapping[str, Tensor]):
         query_pos = rows.positions
         if index is not None:
             q, query_pos = take_rows(q, index, 1), query_pos.gather(1, index)
-        mask = visible(query_pos, self._key_positions(layer), self.cfg.window(layer))[:, None]
+        mask = visible(query_pos, self.positions(f"{at}hook_rot_k"), self.cfg.window(layer))[
+            :, None
+        ]
         if self.cfg.n_kv_heads > 1:  # with one key head all queries share it
             k = k[:, :, [head * self.cfg.n_kv_heads // self.cfg.n_heads for head in heads]]
         return attention_pattern(attention_scores(q, k, mask.to(q.device))).to(q.dtype)
 
-    def _key_positions(self, layer: int) -> Int[Tensor, "batch key_pos"]:
-        return self.positions(f"blocks.{layer}.attn.hook_rot_k")
+    def _key_positions(self, name: str) -> Int[Tensor, "batch key_pos"]:
+        """The positions of the keys of an entry, those of all its pieces together."""
+        held = [hook.key_positions for hook in self._hooks[name] if hook.key_positions is not None]
+        if len(held) > 1 and not self._is_written(name):
+            spans = self._key_spans(name)
+            held = [x[:, start - end :] for x, (_, start, end) in zip(held, spans, strict=True)]
+        return held[0] if len(held) == 1 else torch.cat(held, dim=1)
 
     def _wanted(self, positions: Positions, rows: Rows) -> Int[Tensor, "batch read"]:
         return absolute(positions, self.lengths).to(rows.positions.device)

@@ -60,7 +60,7 @@ class TextConfig:
         Raises:
             ConfigError: naming the fields, what they say and what would agree.
         """
-        _check_numbers(self, config_json.TEXT_NAMES)
+        _check_numbers(self, config_json.TEXT_NAMES | config_json.NESTED_NAMES)
         if len(self.layer_types) != self.n_layers:
             raise ConfigError(
                 f"layer_types names {len(self.layer_types)} blocks, num_hidden_layers says "

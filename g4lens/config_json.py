@@ -32,6 +32,12 @@ TEXT_NAMES = {
     "bos_id": "bos_token_id",
     "eos_ids": "eos_token_id",
 }
+NESTED_NAMES = {
+    "d_head_global": "global_head_dim",
+    "rope_base_local": "rope_theta of sliding_attention",
+    "rope_base_global": "rope_theta of full_attention",
+    "rope_fraction_global": "partial_rotary_factor",
+}
 VISION_NAMES = {
     "n_layers": "num_hidden_layers",
     "d_model": "hidden_size",
@@ -171,7 +177,9 @@ def text_fields(raw: Mapping[str, Any]) -> Fields:
     if raw.get("hidden_size_per_layer_input") == 0:
         raise _variant("hidden_size_per_layer_input is 0 (no per-layer embeddings)")
     found = _read(raw, TEXT_NAMES, TEXT_DEFAULTS)
-    _expect(raw, "vocab_size_per_layer_input", found["d_vocab"])
+    d_vocab, rows = found["d_vocab"], raw.get("vocab_size_per_layer_input")
+    if rows not in (None, d_vocab):
+        raise ConfigError(f"vocab_size_per_layer_input is {rows}, but vocab_size is {d_vocab}")
     found["layer_types"] = _layer_types(found["layer_types"], found["n_layers"])
     local, whole = _rope(raw, LOCAL), _rope(raw, GLOBAL)
     eos = found["eos_ids"]

@@ -28,16 +28,20 @@ class InputError(G4LensError, ValueError):
     """Text, token ids, a picture, a sound or an argument that the model cannot take."""
 
 
-class HookNameError(G4LensError, LookupError):
+class HookNameError(G4LensError, KeyError):
     """No hook point, or no cached activation, has the name that was asked for."""
+
+    __str__ = Exception.__str__  # a KeyError would show its message in quotes
 
 
 class HookError(G4LensError, ValueError):
     """A hook that returned something which cannot take the activation's place."""
 
 
-class CacheError(G4LensError, ValueError):
-    """A cache that does not hold what an analysis of it needs."""
+class CacheError(G4LensError, KeyError):
+    """A cache that does not hold what is asked of it."""
+
+    __str__ = Exception.__str__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

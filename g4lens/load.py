@@ -57,7 +57,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     """The folder that a name means; fetched from the hub if need be. Errors: as `load`."""
     if str(name) in BUNDLED:
         folder = bundled("data", str(name))
-    elif Path(name).is_dir():
+    elif str(name) and Path(name).is_dir():
         folder = Path(name)
     elif isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return _fetched(name, revision)

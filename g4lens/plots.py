@@ -62,7 +62,9 @@ def pattern(
     weights = cache.pattern(layer, heads=[head])[row, 0].float().cpu()
     queries = cache.positions(f"blocks.{layer}.attn.hook_rot_q")[row].tolist()
     keys = cache.positions(f"blocks.{layer}.attn.hook_rot_k")[row].tolist()
-    ax.imshow(weights.sqrt(), cmap="magma", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    ax.imshow(
+        weights.sqrt().numpy(), cmap="magma", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+    )
     kind = "global" if cfg.is_global(layer) else f"local, window {cfg.sliding_window}"
     source = cfg.kv_source(layer)
     reads = "" if source == layer else f", reads block {source}"
@@ -102,7 +104,9 @@ def ple_share(
         ]
         if here:
             label = "all positions" if prompt is None else kind
-            ax.plot(shares[:, here].mean(1).cpu(), "o-", color=colour, label=label, markersize=4)
+            ax.plot(
+                shares[:, here].mean(1).cpu().numpy(), "o-", color=colour, label=label, markersize=4
+            )
     _block_axis(ax, cache)
     ax.set_ylim(0, None)
     ax.set_ylabel("PLE's share of the write")
@@ -149,7 +153,9 @@ def logit_attrs(
     for kind, heights in bars.items():
         if (heights != 0).any():
             base = torch.where(heights > 0, above, below)
-            ax.bar(range(-1, n), heights, bottom=base, color=COLOURS[kind], label=kind)
+            ax.bar(
+                range(-1, n), heights.numpy(), bottom=base.numpy(), color=COLOURS[kind], label=kind
+            )
             above, below = above + heights.clamp(min=0), below + heights.clamp(max=0)
     _block_axis(ax, cache)
     ax.axhline(0, color="black", linewidth=0.6)

@@ -126,16 +126,16 @@ def _of_rows(rows: Sequence[Any], processor: Processor | None, cfg: Gemma4Config
     sounds = [sound for prompt in prompts for sound in prompt.sounds]
     pixels = patch_positions = mel = mel_mask = None
     if images:
-        pixels = _stacked([image.pixels for image in images], 0.0)
+        pixels = _stacked([image.pixels for image in images], 0)
         patch_positions = _stacked([image.positions for image in images], -1)
     if sounds:
-        mel = _stacked([sound.mel for sound in sounds], 0.0)
+        mel = _stacked([sound.mel for sound in sounds], 0)
         mel_mask = _stacked([sound.mask for sound in sounds], False)
     whole = tuple(prompts) if len(prompts) == len(rows) else None
     return Batch(*_tokens(tokens, mask, cfg), pixels, patch_positions, mel, mel_mask, whole)
 
 
-def _stacked(tensors: Sequence[Tensor], fill: float) -> Tensor:
+def _stacked(tensors: Sequence[Tensor], fill: int) -> Tensor:
     """Tensors of unequal first size, padded behind and stacked."""
     n = max(len(x) for x in tensors)
     return torch.stack(
@@ -161,23 +161,17 @@ def _of_mapping(inputs: Mapping[str, Any], cfg: Gemma4Config) -> Batch:
             raise InputError(f"inputs need both {one!r} and {other!r}, or neither")
     tokens, positions = _tokens(given["input_ids"], given.get("attention_mask"), cfg)
     _check_types(given, tokens, cfg)
-    mask = given.get("input_features_mask")
-    batch = Batch(
-        tokens,
-        positions,
-        given.get("pixel_values"),
-        given.get("image_position_ids"),
-        given.get("input_features"),
-        None if mask is None else mask.bool(),
-    )
+    pixels, patch_positions = given.get("pixel_values"), given.get("image_position_ids")
+    mel, mask = given.get("input_features"), given.get("input_features_mask")
+    mask = None if mask is None else mask.bool()
+    found = _image_counts(pixels, patch_positions, cfg)
+    _sound_counts(mel, mask, cfg)
     said = given.get("num_soft_tokens_per_image")
-    if said is not None and (batch.pixels is None or cfg.vision is not None):
-        found = _image_counts(batch, cfg)
-        if said.reshape(-1).tolist() != found:
-            raise InputError(
-                f"num_soft_tokens_per_image is {said.tolist()}, but the pictures make {found}"
-            )
-    return batch
+    if said is not None and said.reshape(-1).tolist() != found:
+        raise InputError(
+            f"num_soft_tokens_per_image is {said.tolist()}, but the pictures make {found}"
+        )
+    return Batch(tokens, positions, pixels, patch_positions, mel, mask)
 
 
 def _tensor(key: str, value: Any) -> Tensor:
@@ -244,13 +238,10 @@ def _check_soft_tokens(batch: Batch, cfg: Gemma4Config) -> None:
         raise InputError(
             f"the prompt holds the video placeholder {cfg.video_id}: g4lens takes no videos"
         )
-    for kind, id_, tower, given, counts in (
-        ("image", cfg.image_id, cfg.vision, batch.pixels, _image_counts),
-        ("audio", cfg.audio_id, cfg.audio, batch.mel, _sound_counts),
+    for kind, id_, made in (
+        ("image", cfg.image_id, _image_counts(batch.pixels, batch.patch_positions, cfg)),
+        ("audio", cfg.audio_id, _sound_counts(batch.mel, batch.mel_mask, cfg)),
     ):
-        if given is not None and tower is None:
-            raise InputError(f"this model has no tower for {kind} inputs")
-        made = [] if given is None else counts(batch, cfg)
         found = [] if id_ is None else (batch.tokens == id_).sum(1).tolist()
         if sum(found) != sum(made):
             raise InputError(
@@ -269,11 +260,12 @@ def _check_soft_tokens(batch: Batch, cfg: Gemma4Config) -> None:
                 )
 
 
-def _image_counts(batch: Batch, cfg: Gemma4Config) -> list[int]:
-    """Soft tokens of each picture."""
-    pixels, positions, vision = batch.pixels, batch.patch_positions, cfg.vision
-    if pixels is None or positions is None or vision is None:
+def _image_counts(pixels: Tensor | None, positions: Tensor | None, cfg: Gemma4Config) -> list[int]:
+    """Soft tokens of each picture, once all is well with their patches."""
+    if pixels is None or positions is None:
         return []
+    if (vision := cfg.vision) is None:
+        raise InputError("this model has no tower for image inputs")
     if (
         pixels.ndim != 3
         or 0 in pixels.shape
@@ -296,16 +288,15 @@ def _image_counts(batch: Batch, cfg: Gemma4Config) -> list[int]:
         raise InputError(
             f"image_position_ids go beyond the tower's {vision.n_positions} columns and rows"
         )
-    given, side = (positions >= 0).all(-1), vision.pooling
-    grids, counts = positions.amax(1) + 1, given.sum(1)
-    distinct = [
-        len(picture[mask].unique(dim=0)) for picture, mask in zip(positions, given, strict=True)
-    ]
+    side, grids = vision.pooling, positions.amax(1) + 1
+    given = (positions >= 0).all(-1)
+    counts = given.sum(1)
+    cells = positions[..., 0] + positions[..., 1] * grids[:, :1]
     if (
         (grids % side).any()
         or (grids.prod(1) != counts).any()
         or (counts == 0).any()
-        or distinct != counts.tolist()
+        or any(len(c[g].unique()) < g.sum() for c, g in zip(cells, given, strict=True))
         or pixels.shape[1] % side**2
     ):
         raise InputError(
@@ -315,11 +306,12 @@ def _image_counts(batch: Batch, cfg: Gemma4Config) -> list[int]:
     return (counts // side**2).tolist()
 
 
-def _sound_counts(batch: Batch, cfg: Gemma4Config) -> list[int]:
+def _sound_counts(mel: Tensor | None, mask: Tensor | None, cfg: Gemma4Config) -> list[int]:
     """Soft tokens of each sound: one for four frames, as two convolutions of stride 2 leave."""
-    mel, mask, audio = batch.mel, batch.mel_mask, cfg.audio
-    if mel is None or mask is None or audio is None:
+    if mel is None or mask is None:
         return []
+    if (audio := cfg.audio) is None:
+        raise InputError("this model has no tower for audio inputs")
     if (
         mel.ndim != 3
         or 0 in mel.shape

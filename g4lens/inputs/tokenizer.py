@@ -8,11 +8,12 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from g4lens.errors import InputError, did_you_mean
 
 
+@runtime_checkable
 class _Backend(Protocol):
     """What the two libraries have in common."""
 

@@ -14,7 +14,7 @@ import torch
 
 import g4lens
 from g4lens.hooks import HookPoint
-from tests.benchmarks.measure import extra_peak, ratio, setup
+from tests.benchmarks.measure import extra_peak, ratio, seconds, setup
 from tests.parity.checkpoints import randomise
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -166,8 +166,9 @@ nothing = _Nothing()
 
 def generate(model, hf, rounds: int) -> None:
     """Tokens per second of greedy generation, the prompt's pass taken out."""
+    new = 64
     for n in (512, 4096):
-        x, new = ids(1, n), 64
+        x = ids(1, n)
 
         def ours(count, x=x):
             model.generate(x, max_new_tokens=count, stop_tokens=[])
@@ -182,18 +183,11 @@ def generate(model, hf, rounds: int) -> None:
                 pad_token_id=0,
             )
 
-        speeds = []
-        for fn in (ours, other):
-            fn(2)
-        for _ in range(max(3, rounds // 3)):
-            per_token = []
-            for fn in (ours, other):
-                from tests.benchmarks.measure import seconds
+        def per_token(fn) -> float:
+            return (seconds(lambda: fn(new)) - seconds(lambda: fn(1))) / (new - 1)
 
-                per_token.append(
-                    (seconds(lambda fn=fn: fn(new)) - seconds(lambda fn=fn: fn(1))) / (new - 1)
-                )
-            speeds.append(per_token)
+        ours(2), other(2)
+        speeds = [(per_token(ours), per_token(other)) for _ in range(max(3, rounds // 3))]
         speeds.sort(key=lambda pair: pair[1] / pair[0])
         mine, them = speeds[len(speeds) // 2]
         row(

@@ -114,8 +114,9 @@ def test_roles():
 def test_a_reply_is_taken_apart():
     text = (
         "<|channel>thought\nLet me see.<channel|>Here: "
-        '<|tool_call>call:f.g-1{a:<|"|>x, {y}<|"|>,n:-3,x:1.5e3,l:[true,{q:null},[]],o:{},<|"|>k k<|"|>:0}'
-        "<tool_call|><|tool_call>call:h{}<tool_call|> Done.<turn|>\n"
+        '<|tool_call>call:f.g-1{a:<|"|>x, {y}<|"|>,n:-3,x:1.5e3,l:[true,{q:null},[]],o:{},'
+        '<|"|>k k<|"|>:0}<tool_call|>'
+        "<|tool_call>call:h{}<tool_call|> Done.<turn|>\n"
     )
     first = {"a": "x, {y}", "n": -3, "x": 1500.0, "l": [True, {"q": None}, []], "o": {}, "k k": 0}
     assert parse(text) == Reply(

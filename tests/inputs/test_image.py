@@ -94,7 +94,7 @@ def test_what_is_no_picture(source, says):
 def test_pixels_are_capped_before_decoding(monkeypatch):
     monkeypatch.setattr(module, "MAX_PIXELS", 1000)
     for source in (png(noise()), noise()):
-        with pytest.raises(InputError, match="at most 1,000 pixels|expected at most 1,000"):
+        with pytest.raises(InputError, match="expected at most 1,000 pixels"):
             patches(Image(source), SETTINGS)
 
 
