@@ -2,11 +2,11 @@
 
 import argparse
 import filecmp
+import os
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 
 import g4lens
 from g4lens.config import Gemma4Config
-from g4lens.errors import G4LensError, InputError
+from g4lens.errors import G4LensError, InputError, listed
 from g4lens.load import resolve
 from g4lens.model.gemma4 import Gemma4
 from g4lens.resources import bundled
@@ -39,12 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == "info":
-            print(info(args.name, args.revision))
+            print(info(args.name, args.revision), flush=True)
         else:
             tutorial(args.folder, open_it=not args.no_open)
     except G4LensError as error:
-        print(f"g4lens: {error}", file=sys.stderr)
+        print(f"g4lens: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `g4lens info tiny | head`: leave nothing to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def info(name: str, revision: str | None = None) -> str:
     """What a model is, from its `config.json` alone. Errors: those of `g4lens.load`."""
-    cfg = Gemma4Config.from_json(resolve(name, revision))
+    cfg = Gemma4Config.from_json(resolve(name, revision, ["config.json"])[0])
     with torch.device("meta"):
         model = Gemma4(cfg)
     return "\n\n".join([_geometry(name, cfg), _blocks(cfg), _parameters(model), _hooks(model)])
@@ -79,13 +81,14 @@ def _geometry(name: str, cfg: Gemma4Config) -> str:
 def _blocks(cfg: Gemma4Config) -> str:
     """A letter for each block, and whose keys and values it reads."""
     letters = "".join("G" if cfg.is_global(i) else "L" for i in range(cfg.n_layers))
-    groups = [letters[i : i + 5] for i in range(0, cfg.n_layers, 5)]
-    lines = [f"blocks (L local, G global, in fives): {' '.join(groups)}"]
+    lines = [f"blocks (L local, G global): {' '.join(re.findall('L*G', letters))}"]
     lines.append(f"  0 to {cfg.horizon} own keys and values")
     for owner in range(cfg.horizon + 1):
         if readers := cfg.readers(owner)[1:]:
             kind = "global" if cfg.is_global(owner) else "local"
-            lines.append(f"  {', '.join(map(str, readers))} read those of block {owner} ({kind})")
+            verb = "reads" if len(readers) == 1 else "read"
+            numbers = ", ".join(map(str, readers))
+            lines.append(f"  {numbers} {verb} those of block {owner} ({kind})")
     return "\n".join(lines)
 
 
@@ -105,13 +108,54 @@ def _parameters(model: Gemma4) -> str:
 
 def _hooks(model: Gemma4) -> str:
     """The hook points, those of all blocks in one line."""
-    counts: dict[tuple[str, str], int] = {}
+    blocks: dict[tuple[str, str], list[str]] = {}
     for name, point in model.hook_points.items():
-        key = re.sub(r"blocks\.\d+\.", "blocks.i.", name), " ".join(point.axes)
-        counts[key] = counts.get(key, 0) + 1
-    width = max(len(name) for name, _ in counts)
-    rows = [f"  {name:<{width}}  {n:>3}  {axes}" for (name, axes), n in counts.items()]
-    return "\n".join([f"{len(model.hook_points)} hook points: name, how many, axes", *rows])
+        sizes = _sizes(model.cfg, name)
+        if name.endswith("hook_scale"):
+            sizes |= {point.axes[-1]: "1"}
+        axes = " ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in point.axes)
+        block = re.search(r"blocks\.(\d+)\.", name)
+        general = re.sub(r"blocks\.\d+\.", "blocks.i.", name)
+        blocks.setdefault((general, axes), []).append(block[1] if block else "")
+    rows = [(name, " to ".join(dict.fromkeys((i[0], i[-1]))), x) for (name, x), i in blocks.items()]
+    width = max(len(name) for name, _, _ in rows)
+    return "\n".join(
+        [
+            f"{len(model.hook_points)} hook points: name, blocks i, axes",
+            *(f"  {name:<{width}}  {i:<8}  {axes}" for name, i, axes in rows),
+        ]
+    )
+
+
+def _sizes(cfg: Gemma4Config, name: str) -> dict[str, str]:
+    """The axes of a hook point whose sizes the inputs do not change.
+
+    `|` stands between local and global blocks, and between owners and readers of keys and values.
+    """
+    vision, audio = cfg.vision, cfg.audio
+    sizes: dict[str, int | str]
+    if vision is not None and name.startswith("vision."):
+        d_model = cfg.d_model if name.endswith("hook_image_tokens") else vision.d_model
+        sizes = {"d_model": d_model, "d_mlp": vision.d_mlp}
+        sizes |= {"head": vision.n_heads, "d_head": vision.d_head}
+    elif audio is not None and name.startswith("audio."):
+        behind = name.startswith(("audio.hook_out", "audio.ln_final"))
+        d_model = audio.d_out if behind else audio.d_model
+        d_model = cfg.d_model if name.endswith("hook_audio_tokens") else d_model
+        sizes = {"d_model": d_model, "d_mlp": 4 * audio.d_model}
+        sizes |= {"head": audio.n_heads, "d_head": audio.d_head}
+        sizes |= {"query_pos": audio.chunk, "key_pos": audio.n_keys}
+    else:
+        sizes = {"d_model": cfg.d_model, "d_vocab": cfg.d_vocab}
+        sizes |= {"layer": cfg.n_layers, "d_ple": cfg.d_ple}
+        sizes |= {"head": cfg.n_heads, "kv_head": cfg.n_kv_heads}
+        sizes["d_head"] = _either(cfg.d_head(i) for i in range(cfg.n_layers))
+        sizes["d_mlp"] = _either(cfg.d_mlp_at(i) for i in range(cfg.n_layers))
+    return {axis: str(size) for axis, size in sizes.items()}
+
+
+def _either(sizes: Iterable[int]) -> str:
+    return "|".join(map(str, sorted(set(sizes))))
 
 
 # ---- tutorial
@@ -132,7 +176,8 @@ def tutorial(folder: Path, open_it: bool = True) -> None:
     ]
     if changed:
         raise InputError(
-            f"{folder} holds {', '.join(changed)} with changes, which would be lost: name another"
+            f"{folder} holds {listed(changed)} with changes, which would be lost: name another "
+            f"folder, or go on in this one with `jupyter lab {folder}`"
         )
     if open_it and find_spec("jupyterlab") is None:
         raise InputError("JupyterLab is not installed: pip install 'g4lens[lab]', or use --no-open")
@@ -142,10 +187,14 @@ def tutorial(folder: Path, open_it: bool = True) -> None:
             shutil.copyfile(source, folder / source.name)
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error}): name another folder") from None
-    print(f"{len(sources)} notebooks in {folder.resolve()}")
+    print(f"{len(sources)} notebooks in {folder.resolve()}", flush=True)
     if open_it:
-        command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--notebook-dir={folder}"]
-        subprocess.run(command, check=False)
+        options = ["--ip=127.0.0.1", "--KernelManager.transport_encryption=auto"]
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            options.append("--allow-root")  # JupyterLab does not start for root without it
+        # In place of this process, so that Ctrl-C is JupyterLab's own.
+        jupyter = [sys.executable, "-m", "jupyterlab", *options, str(folder / sources[0].name)]
+        os.execv(sys.executable, jupyter)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Hooks hung around it act at every step: `hook.step` is 0 in the prompt's pass, t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ Logits = Float[Tensor, "batch d_vocab"]
 Tokens = Int[Tensor, "batch"]
 
 
+@runtime_checkable
 class Generator(Protocol):
     """What the loop needs of a model."""
 

@@ -1,6 +1,7 @@
 """Load a model: the bundled one, a folder, or the hub's. No other module may use the network."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from g4lens.resources import bundled
 from g4lens.weights import Source, load_weights
 
 BUNDLED = ("tiny",)
-# No pickles and no code, whatever else a repository holds.
+RELEASED = tuple(f"google/gemma-4-{size}{kind}" for size in ("E2B", "E4B") for kind in ("", "-it"))
+# No pickles and no code, whatever else a repository holds; "*" also matches what is in folders.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+UNWANTED = ("*/*",)
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -41,7 +44,7 @@ def load(
         HubError: a model that could not be fetched.
     """
     wanted_dtype, wanted_device = _dtype(dtype), _device(device)
-    folder = resolve(name, revision)
+    folder, name, revision = resolve(name, revision)
     cfg = Gemma4Config.from_json(folder)
     has_tokenizer = (folder / "tokenizer.json").is_file() or any(folder.glob("*.model"))
     processor = Processor.from_folder(folder, cfg) if has_tokenizer else None
@@ -49,34 +52,65 @@ def load(
         model = Gemma4(cfg, processor)
     unused = load_weights(model, folder, wanted_dtype)
     kept = None if wanted_dtype is None else str(wanted_dtype).removeprefix("torch.")
-    model.origin = Source(str(name), folder, revision, kept, str(device), tuple(unused))
+    model.origin = Source(name, folder, revision, kept, str(device), tuple(unused))
     return model.to(wanted_device).requires_grad_(False).eval()
 
 
-def resolve(name: str | Path, revision: str | None = None) -> Path:
-    """The folder that a name means; fetched from the hub if need be. Errors: as `load`."""
+def resolve(
+    name: str | Path, revision: str | None = None, wanted: Sequence[str] = WANTED
+) -> tuple[Path, str, str | None]:
+    """Find the folder that a name means; fetch it from the hub if need be.
+
+    Args:
+        name: as `load` takes it.
+        revision: as `load` takes it.
+        wanted: patterns of the files to fetch.
+
+    Returns:
+        The folder, and the name and revision that lead to it from any working directory and at any
+        later time: an absolute path, a commit.
+
+    Raises:
+        InputError, HubError: as `load`.
+    """
     if str(name) in BUNDLED:
-        folder = bundled("data", str(name))
+        folder, name = bundled("data", str(name)), str(name)
     elif str(name) and Path(name).is_dir():
-        folder = Path(name)
+        folder = Path(name).absolute()
+        name = str(folder)
     elif isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        return _fetched(name, revision)
+        folder = _fetched(name, revision, wanted)
+        return folder, name, folder.name
     else:
-        raise InputError(
-            f"{str(name)!r} is no folder, no bundled model ({', '.join(BUNDLED)}) and no name on "
-            f"the hub (owner/model).{did_you_mean(str(name), BUNDLED)}"
-        )
+        raise InputError(_no_such(str(name)))
     if revision is not None:
         raise InputError(f"revision={revision!r} is for models on the hub, but {name} is a folder")
-    return folder
+    return folder, name, None
 
 
-def _fetched(name: str, revision: str | None) -> Path:
+def _no_such(name: str) -> str:
+    what = f"{name!r} is no folder, no bundled model ({', '.join(BUNDLED)}) and no name on the hub"
+    if Path(name).is_file():
+        return f"{name!r} is a file, expected the folder that it is in"
+    beside = Path(name).parent
+    near = [str(path) for path in beside.glob("*") if path.is_dir()] if beside.is_dir() else []
+    return f"{what} (owner/model).{did_you_mean(name, [*BUNDLED, *near])}"
+
+
+def _fetched(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
     """A snapshot of a model on the hub, from the local cache where it is there already."""
     from huggingface_hub import errors, snapshot_download
 
+    near = did_you_mean(name, [known for known in RELEASED if known != name])
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED)))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(wanted),
+                ignore_patterns=list(UNWANTED),
+            )
+        )
     except errors.GatedRepoError:
         raise HubError(
             f"{name} is gated: accept its licence on its page, then log in with `hf auth login`"
@@ -84,12 +118,16 @@ def _fetched(name: str, revision: str | None) -> Path:
     except errors.RevisionNotFoundError:
         raise HubError(f"{name} has no revision {revision!r} on the hub") from None
     except errors.RepositoryNotFoundError:
-        raise HubError(f"{name}: no such folder here and no such model on the hub") from None
-    except (errors.HfHubHTTPError, OSError) as error:
         raise HubError(
-            f"{name} is not in the local cache and the hub could not be reached ({error}): "
-            "fetch it where there is a network, or give its folder"
+            f"{name}: no such folder here and no such model on the hub, or a private one "
+            f"(`hf auth login`).{near}"
         ) from None
+    except Exception as error:  # the client's own kinds differ between its releases
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise HubError(
+            f"{name}: no such folder here, not complete in the local cache, and the hub could not "
+            f"be reached ({why}): fetch it where there is a network, or give its folder"
+        ) from error
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

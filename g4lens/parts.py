@@ -6,7 +6,7 @@ sum to the stream.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import einsum, rearrange
@@ -21,6 +21,7 @@ from g4lens.state import Rows, take_rows
 Stack = Float[Tensor, "part batch pos d_model"]
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """What a cache needs of the model that filled it."""
 

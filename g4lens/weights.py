@@ -6,7 +6,8 @@ A checkpoint is complete or an error. Nothing is unpickled: tensors come from sa
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,13 @@ from torch import Tensor
 from g4lens.errors import WeightsError, listed
 from g4lens.model.gemma4 import Gemma4
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+}
+INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 # ---- the names: ours on the left, those of transformers' models/gemma4 on the right
@@ -184,80 +191,77 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.where = self._indexed() if self._index.is_file() else self._single()
-        self.files = sorted(set(self.where.values()))
+        placed = self._index() if (folder / INDEX).is_file() else None
+        self.files = [self._single()] if placed is None else sorted(set(placed.values()))
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, str] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._holds: dict[str, Any] = {}
         for path in self.files:
-            self._read_header(path)
-        if lost := sorted(set(self.where) - set(self.shapes)):
+            self._read_header(path, placed)
+        if lost := sorted(set(placed or ()) - set(self.shapes)):
             raise WeightsError(
-                f"{self._index}: {len(lost)} tensors not in their shard: {listed(lost)}"
+                f"{folder / INDEX}: {len(lost)} tensors not in their shard: {listed(lost)}"
             )
 
-    @property
-    def _index(self) -> Path:
-        return self.folder / "model.safetensors.index.json"
-
-    def _single(self) -> dict[str, Path]:
+    def _single(self) -> Path:
         path = self.folder / "model.safetensors"
         if path.is_file():
-            return dict.fromkeys(self._names(path), path)
+            return path
         pickles = sorted(found.name for kind in PICKLES for found in self.folder.glob(kind))
         also = (
             f"; {listed(pickles)} would have to be unpickled, which g4lens never does"
             if pickles
             else ""
         )
-        raise WeightsError(f"{self.folder}: no model.safetensors and no index of shards{also}")
+        raise WeightsError(f"{self.folder}: no model.safetensors and no {INDEX}{also}")
 
-    def _indexed(self) -> dict[str, Path]:
+    def _index(self) -> dict[str, Path]:
+        """The shard that each tensor is in."""
+        path = self.folder / INDEX
         try:
-            entries = json.loads(self._index.read_text(encoding="utf-8"))["weight_map"].items()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(
-                f"{self._index}: no index of safetensors shards ({error!r})"
-            ) from None
+            entries = json.loads(path.read_text(encoding="utf-8"))["weight_map"].items()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise WeightsError(f"{path}: no index of safetensors shards ({error!r})") from None
         shards = {str(shard) for _, shard in entries}
         if outside := sorted(s for s in shards if Path(s).name != s or s in ("", ".", "..")):
-            raise WeightsError(f"{self._index}: shards outside the folder: {listed(outside)}")
+            raise WeightsError(f"{path}: shards outside the folder: {listed(outside)}")
         if absent := sorted(s for s in shards if not (self.folder / s).is_file()):
-            raise WeightsError(f"{self._index}: {len(absent)} shards are absent: {listed(absent)}")
+            raise WeightsError(f"{path}: {len(absent)} shards are absent: {listed(absent)}")
         return {name: self.folder / str(shard) for name, shard in entries}
 
-    def _names(self, path: Path) -> Iterable[str]:
-        with _opened(path) as file:
-            return list(file.keys())
-
-    def _read_header(self, path: Path) -> None:
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                if self.where.get(name) != path:
-                    raise WeightsError(
-                        f"{path}: holds {name}, which the index does not place there"
-                    )
-                view = file.get_slice(name)
-                self.shapes[name], self._dtypes[name] = tuple(view.get_shape()), view.get_dtype()
-                if view.get_dtype() not in DTYPES:
-                    raise WeightsError(
-                        f"{path}: {name} is stored as {view.get_dtype()}, expected one of "
-                        f"{listed(DTYPES)}"
-                    )
+    def _read_header(self, path: Path, placed: Mapping[str, Path] | None) -> None:
+        with readable(path):
+            file = safe_open(path, framework="pt")
+            views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        for name, view in views.items():
+            if placed is not None and placed.get(name) != path:
+                raise WeightsError(f"{path}: holds {name}, which the index does not place there")
+            if view.get_dtype() not in DTYPES:
+                raise WeightsError(
+                    f"{path}: {name} is stored as {view.get_dtype()}, expected one of "
+                    f"{listed(DTYPES)}"
+                )
+            self.shapes[name] = tuple(view.get_shape())
+            self._dtypes[name] = DTYPES[view.get_dtype()]
+            self._holds[name] = file, path
 
     def dtype(self, name: str) -> torch.dtype:
         """What a tensor is stored in."""
-        return DTYPES[self._dtypes[name]]
+        return self._dtypes[name]
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor. Raises: WeightsError: its file cannot be read."""
-        with _opened(self.where[name]) as file:
+        """A tensor, mapped from its file. Raises: WeightsError: the file cannot be read."""
+        file, path = self._holds[name]
+        with readable(path):
             return file.get_tensor(name)
 
 
-def _opened(path: Path) -> Any:
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what reading a broken file raises into our own error."""
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
+        yield
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise WeightsError(f"{path}: truncated, or no safetensors file ({error})") from None
 
 
@@ -286,10 +290,11 @@ class Source:
     """What rebuilds a loaded model: the arguments of `g4lens.load`, and where that led.
 
     Attributes:
-        name: as it was given to `load`.
+        name: what to give to `load`, from any working directory.
         path: the folder that the weights are in.
-        revision: of a model from the hub.
-        dtype, device: as they were given to `load`.
+        revision: the commit of a model from the hub.
+        dtype: as it was given to `load`.
+        device: as it was given to `load`.
         unused: the checkpoint's tensors that the model does not use.
     """
 
@@ -312,16 +317,24 @@ class Source:
         """
         files = Checkpoint(self.path)
         names, _ = matched(model, files)
+        stored = files.dtype(names["embed.tokens.weight"])
+        dtype = stored if self.dtype is None else getattr(torch, self.dtype)
         edited = [
             ours
             for ours, x in model.state_dict().items()
-            if not torch.equal(files.tensor(names[ours]).to(x.dtype), x.cpu())
+            if x.dtype != dtype or not _equal(files.tensor(names[ours]), x)
         ]
         if edited:
             raise WeightsError(
                 f"{len(edited)} weights differ from those in {self.path}: {listed(edited)}; a "
                 "model that was edited in memory has no source"
             )
+
+
+def _equal(stored: Tensor, held: Tensor) -> bool:
+    """Is a stored tensor, converted, the one held? Some rows at a time: a table may fill memory."""
+    pieces = zip(stored.flatten().split(2**24), held.flatten().split(2**24), strict=True)
+    return all(torch.equal(a.to(b.dtype), b.cpu()) for a, b in pieces)
 
 
 def _sha256(path: Path) -> str:

@@ -17,9 +17,18 @@ import g4lens
 from g4lens.errors import ConfigError, HubError, InputError
 from g4lens.load import resolve
 from g4lens.resources import bundled
+from g4lens.weights import save
 from tests.parity import checkpoints as made
 
 COMMIT = "0123456789" * 4
+NOBODY = "http://127.0.0.1:9"
+UNWANTED = (
+    "evil.py",
+    "pytorch_model.bin",
+    "README.md",
+    "original/model.safetensors",
+    "x/evil.json",
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +58,8 @@ class Hub(BaseHTTPRequestHandler):
                 for n, c in self.files.items()
             ]
             return self.send(200, json.dumps(listing).encode(), body)
+        if self.path.endswith("/revision/v9"):
+            return self.send(404, b"{}", body, {"X-Error-Code": "RevisionNotFound"})
         if self.path.startswith("/api/models/owner/model"):
             siblings = [{"rfilename": name, "size": len(c)} for name, c in self.files.items()]
             info = {"id": "owner/model", "sha": COMMIT, "siblings": siblings, "private": False}
@@ -75,12 +86,18 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def hub(saved):
-    tiny = bundled("data", "tiny")
-    Hub.files = {file.name: file.read_bytes() for file in saved.iterdir()}
-    names = ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "processor_config.json")
-    Hub.files |= {name: (tiny / name).read_bytes() for name in names}
-    Hub.files |= {"evil.py": b"raise SystemExit", "pytorch_model.bin": b"pickle", "README.md": b"#"}
+def hub(tmp_path_factory):
+    """One repository: the bundled model's files, random weights, and what is not to be fetched."""
+    tiny, folder = bundled("data", "tiny"), tmp_path_factory.mktemp("repository")
+    save(g4lens.Gemma4(g4lens.Gemma4Config.from_json(tiny)), folder)
+    kept = [
+        *tiny.glob("*.json"),
+        *tiny.glob("*.jinja"),
+        tiny / "tokenizer.model",
+        *folder.iterdir(),
+    ]
+    Hub.files = {path.name: path.read_bytes() for path in kept}
+    Hub.files |= dict.fromkeys(UNWANTED, b"unwanted")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -92,39 +109,66 @@ def run(code, endpoint, home):
     """Run code in a process whose hub is ours."""
     env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, "-c", f"import g4lens\n{code}"]
+    imports = "import g4lens, g4lens.cli\nfrom g4lens.load import resolve"
+    command = [sys.executable, "-c", f"{imports}\n{code}"]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
 def test_from_the_hub_without_code_or_pickles(hub, tmp_path):
-    code = "from g4lens.load import resolve\nprint(resolve('owner/model'))"
-    done = run(code, hub, tmp_path)
+    done = run("print(*resolve('owner/model'), sep='\\n')", hub, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    folder = done.stdout.strip().splitlines()[-1]
+    folder, name, revision = done.stdout.splitlines()[-3:]
+    assert (name, revision) == ("owner/model", COMMIT)
     fetched = {path.name for path in Path(folder).iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= fetched
-    assert not fetched & {"evil.py", "pytorch_model.bin"}
-    assert not any("evil.py" in path or ".bin" in path for path in Hub.asked)
+    assert fetched == set(Hub.files) - set(UNWANTED)
+    files = {path.name for path in Path(tmp_path).rglob("*") if path.is_file()}
+    assert not files & {name.rpartition("/")[2] for name in UNWANTED} - {"model.safetensors"}
+    resolved = [path for path in Hub.asked if "/resolve/" in path]
+    assert resolved and not any(path.endswith(UNWANTED) for path in resolved)
+
     asked = len(Hub.asked)
-    again = run("g4lens.load('owner/model', device='cpu')", "http://127.0.0.1:9", tmp_path)
-    assert "InputError" in again.stderr or again.returncode == 0, again.stderr[-2000:]
+    code = "model = g4lens.load('owner/model', device='cpu')\nmodel('Paris', read=-1)"
+    code += "\nprint(model.source)"
+    again = run(code, NOBODY, tmp_path)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert f"revision='{COMMIT}'" in again.stdout and "name='owner/model'" in again.stdout
     assert len(Hub.asked) == asked, "what is in the cache is not fetched again"
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("owner/absent", "no such folder here and no such model on the hub"),
-        ("owner/gated", "owner/gated is gated: accept its licence"),
-    ],
-)
-def test_models_that_the_hub_does_not_give(hub, tmp_path, name, says):
-    done = run(f"g4lens.load({name!r})", hub, tmp_path)
-    assert "HubError" in done.stderr and says in done.stderr, done.stderr[-2000:]
+def test_info_fetches_the_config_alone(hub, tmp_path):
+    start = len(Hub.asked)
+    done = run("g4lens.cli.main(['info', 'owner/model'])", hub, tmp_path)
+    assert "owner/model: 15 blocks" in done.stdout, done.stderr[-2000:]
+    resolved = {path.rpartition("/")[2] for path in Hub.asked[start:] if "/resolve/" in path}
+    assert resolved == {"config.json"}
+    done = run("g4lens.load('owner/model')", NOBODY, tmp_path)
+    assert "HubError" in done.stderr and "not complete in the local cache" in done.stderr
+
+
+ASK = """
+for name, revision in {questions}:
+    try:
+        g4lens.load(name, revision=revision)
+    except g4lens.HubError as error:
+        print(error)
+"""
+
+
+def test_models_that_the_hub_does_not_give(hub, tmp_path):
+    says = {
+        ("owner/absent", None): "no such folder here and no such model on the hub",
+        ("google/gemma-4-E2B-ti", None): "Did you mean 'google/gemma-4-E2B-it'",
+        ("owner/gated", None): "owner/gated is gated: accept its licence",
+        ("owner/model", "v9"): "owner/model has no revision 'v9' on the hub",
+    }
+    done = run(ASK.format(questions=list(says)), hub, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for line, expected in zip(done.stdout.splitlines(), says.values(), strict=True):
+        assert expected in line
 
 
 def test_without_a_network(tmp_path):
-    done = run("g4lens.load('owner/model')", "http://127.0.0.1:9", tmp_path)
+    done = run("g4lens.load('owner/model')", NOBODY, tmp_path)
     assert "HubError" in done.stderr and "could not be reached" in done.stderr, done.stderr[-2000:]
 
 
@@ -134,7 +178,15 @@ def test_what_a_folder_gives(saved):
     assert next(model.parameters()).dtype == torch.bfloat16
     with pytest.raises(InputError, match="has no tokenizer"):
         model("text")
+    assert not [name for name, x in model.state_dict().items() if x.is_meta]
     assert g4lens.load(str(saved), device="cpu").source.name == str(saved)
+
+
+def test_a_source_leads_back_from_another_working_directory(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    source = g4lens.load(saved.name, device="cpu").source
+    monkeypatch.chdir(tmp_path)
+    assert g4lens.load(source.name, device=source.device, dtype=source.dtype).source == source
 
 
 @pytest.mark.parametrize(
@@ -142,6 +194,8 @@ def test_what_a_folder_gives(saved):
     [
         ("tinny", {}, r"'tinny' is no folder, no bundled model \(tiny\).*Did you mean 'tiny'"),
         ("no/such/folder", {}, "is no folder"),
+        (str(bundled("data") / "tinny"), {}, "Did you mean '.*tiny'"),
+        (str(bundled("data", "tiny", "config.json")), {}, "is a file, expected the folder"),
         ("../x", {}, "is no folder"),
         ("", {}, "is no folder"),
         ("tiny", {"revision": "main"}, "revision='main' is for models on the hub"),
@@ -162,5 +216,5 @@ def test_an_empty_folder(tmp_path):
 
 
 def test_names_resolve():
-    assert resolve("tiny") == bundled("data", "tiny")
+    assert resolve("tiny") == (bundled("data", "tiny"), "tiny", None)
     assert issubclass(HubError, g4lens.G4LensError)

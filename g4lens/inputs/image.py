@@ -2,13 +2,16 @@
 
 Equal to `Gemma4ImageProcessorPil` of transformers'
 `models/gemma4/image_processing_pil_gemma4.py`, but for the padding to the budget, which changes no
-result.
+result. As there, the picture in a file is turned upright by its EXIF tag and its transparency
+ignored; a PIL image is left as it lies and put onto white where it is transparent.
 """
 
 import io
 import json
 import math
+import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,27 +34,34 @@ class Image:
     Args:
         source: a path, the bytes of an image file, a PIL image, or an array `[height, width, 3]`
             (or `[height, width]`, grey) of uint8, or of floats from 0 to 1.
+
+    Raises:
+        InputError: a URL.
     """
 
     def __init__(self, source: Any):
-        if isinstance(source, str) and "://" in source:
-            raise InputError(
-                f"Image({source!r}): found a URL, expected a path (g4lens fetches no media)"
-            )
-        self.source = Path(source) if isinstance(source, str) else source
+        self.source = local_path(source, "Image") if isinstance(source, str) else source
 
     def __repr__(self) -> str:
-        return f"Image({_named(self.source)})"
+        if isinstance(self.source, Path):
+            return f"Image({str(self.source)!r})"
+        if isinstance(self.source, bytes):
+            return f"Image({len(self.source)} bytes)"
+        size = getattr(self.source, "shape", None) or getattr(self.source, "size", "")
+        return f"Image({f'{type(self.source).__name__} {size}'.strip()})"
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How pictures are cut up. Raises: InputError: a budget that Gemma 4 was not trained with.
+    """How pictures are cut up.
 
     Attributes:
         max_soft_tokens: at most so many for one picture.
         patch_size: side of a patch in pixels.
         pooling: a soft token is a square of so many patches a side.
+
+    Raises:
+        InputError: a budget that Gemma 4 was not trained with, a size that is no positive integer.
     """
 
     max_soft_tokens: int = 280
@@ -63,6 +73,7 @@ class ImageSettings:
             raise InputError(
                 f"max_soft_tokens is {self.max_soft_tokens!r}, expected one of {BUDGETS}"
             )
+        need_counts(self, "max_soft_tokens", "patch_size", "pooling")
 
     @property
     def tile(self) -> int:
@@ -76,13 +87,23 @@ class ImageSettings:
         Raises: InputError: settings that ask for something else than Gemma 4's preprocessing.
         """
         raw, path = settings_of(folder, "image_processor")
-        expected = {"do_resize": True, "do_rescale": True, "do_normalize": False, "resample": 3}
-        refuse_others(raw, expected, path)
-        return cls(
-            raw.get("max_soft_tokens", 280),
-            raw.get("patch_size", 16),
-            raw.get("pooling_kernel_size", 3),
-        )
+        plain = {
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "resample": 3,  # bicubic
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": False,
+        }
+        refuse_others(raw, plain, path)
+        try:
+            return cls(
+                raw.get("max_soft_tokens", 280),
+                raw.get("patch_size", 16),
+                raw.get("pooling_kernel_size", 3),
+            )
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +128,11 @@ class ImagePatches:
         return self.grid[0] * self.grid[1]
 
     def box(self, k: int) -> tuple[float, float, float, float]:
-        """Left, top, right, bottom of the k-th soft token, in pixels of the original."""
+        """Left, top, right, bottom of the k-th soft token, in pixels of the original.
+
+        Raises: InputError: there is no k-th.
+        """
+        need_soft_token(k, self.n_soft_tokens)
         (rows, columns), (width, height) = self.grid, self.size
         row, column = divmod(k, columns)
         x, y = width / columns, height / rows
@@ -117,7 +142,7 @@ class ImagePatches:
 def patches(image: Image, settings: ImageSettings) -> ImagePatches:
     """Decode, resize and cut up a picture.
 
-    Raises: InputError: a picture that cannot be decoded, is empty, too large, or too narrow.
+    Raises: InputError: a picture that cannot be decoded, is empty or too large.
     """
     import PIL.Image
 
@@ -138,10 +163,7 @@ def patches(image: Image, settings: ImageSettings) -> ImagePatches:
 
 
 def target_size(size: tuple[int, int], settings: ImageSettings) -> tuple[int, int]:
-    """Width and height to resize to: the largest whole tiles that keep aspect and budget.
-
-    Raises: InputError: a picture so narrow that no tile fits.
-    """
+    """Width and height to resize to: the largest whole tiles that keep aspect and budget."""
     (width, height), tile = size, settings.tile
     budget = settings.max_soft_tokens * tile**2
     scale = math.sqrt(budget / (width * height))
@@ -153,24 +175,63 @@ def target_size(size: tuple[int, int], settings: ImageSettings) -> tuple[int, in
     return columns * tile, rows * tile
 
 
-def settings_of(folder: str | Path, section: str) -> tuple[dict[str, Any], Path]:
-    """A section of a checkpoint's processor settings, and the file it is from.
+def local_path(source: str, kind: str) -> Path:
+    """The path that a string names. Raises: InputError: it is a URL: g4lens fetches no media."""
+    if re.match(r"(?i)data:|[a-z][a-z0-9+.-]+://", source):
+        raise InputError(f"{kind}({source[:80]!r}): found a URL, expected a path")
+    return Path(source)
 
-    Raises: InputError: the file is no JSON object.
-    """
-    paths = [Path(folder) / name for name in ("processor_config.json", "preprocessor_config.json")]
-    path = next((path for path in paths if path.is_file()), paths[0])
-    if not path.is_file():
-        return {}, path
+
+def need_file(path: Path, what: object) -> None:
+    """Raises: InputError: no file is there, or none can be."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        found = raw.get(section, raw if path == paths[1] else {})
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not readable as a JSON object ({error})") from None
-    return found, path
+        is_file = path.is_file()
+    except OSError:  # a name too long for the file system
+        is_file = False
+    if not is_file:
+        raise InputError(f"{what}: no such file")
 
 
-def refuse_others(raw: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+def need_counts(settings: Any, *names: str) -> None:
+    """Settings that count something. Raises: InputError: one is no positive integer."""
+    for name in names:
+        value = getattr(settings, name)
+        if type(value) is not int or value < 1:
+            raise InputError(f"{name} is {value!r}, expected a positive integer")
+
+
+def need_soft_token(k: int, n: int) -> None:
+    """Raises: InputError: there is no k-th of n soft tokens."""
+    if not 0 <= k < n:
+        raise InputError(f"soft token {k}, expected 0 to {n - 1}")
+
+
+def settings_of(folder: str | Path, section: str) -> tuple[dict[str, Any], Path]:
+    """A section of a checkpoint's processor settings without its nulls, and the file it is from.
+
+    `preprocessor_config.json`, the older of the two, may hold a single section without its name.
+
+    Raises: InputError: a file or section is no JSON object.
+    """
+    whole, older = Path(folder) / "processor_config.json", Path(folder) / "preprocessor_config.json"
+    for path in (whole, older):
+        if not path.is_file():
+            continue
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not readable as JSON ({error})") from None
+        if not isinstance(raw, Mapping):
+            raise InputError(f"{path}: found a {type(raw).__name__}, expected an object")
+        found = raw.get(section, raw if path == older else None)
+        if isinstance(found, Mapping):
+            return {name: value for name, value in found.items() if value is not None}, path
+        if found is not None:
+            raise InputError(f"{path}: {section} is {found!r}, expected an object")
+    return {}, whole
+
+
+def refuse_others(raw: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> None:
     """Refuse settings with another value than the one that g4lens computes. Raises: InputError."""
     for name, value in expected.items():
         if raw.get(name, value) != value:
@@ -178,56 +239,72 @@ def refuse_others(raw: dict[str, Any], expected: dict[str, Any], path: Path) -> 
 
 
 def _decoded(image: Image) -> Any:
-    """The picture as RGB, upright."""
+    """The picture as RGB."""
     import PIL.Image
     import PIL.ImageOps
 
-    source, name = image.source, repr(image)
-    if isinstance(source, Path) and not source.is_file():
-        raise InputError(f"{name}: no such file")
-    if hasattr(source, "__array__") and not isinstance(source, PIL.Image.Image):
-        return PIL.Image.fromarray(_as_bytes(np.asarray(source), name)).convert("RGB")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our limit is next
-        try:
-            if isinstance(source, bytes):
-                source = io.BytesIO(source)
-            opened = source if isinstance(source, PIL.Image.Image) else PIL.Image.open(source)
-            if 0 in opened.size:
-                raise InputError(
-                    f"{name}: the picture is empty, {opened.size[0]} x {opened.size[1]}"
-                )
-            if (found := opened.size[0] * opened.size[1]) > MAX_PIXELS:
-                raise InputError(f"{name}: {found:,} pixels, expected at most {MAX_PIXELS:,}")
-            return PIL.ImageOps.exif_transpose(opened).convert("RGB")
-        except PIL.Image.DecompressionBombError as error:
-            raise InputError(f"{name}: {error}, expected at most {MAX_PIXELS:,} pixels") from None
-        except (OSError, ValueError, TypeError, AttributeError, SyntaxError) as error:
-            raise InputError(f"{name}: not readable as a picture ({error})") from None
+    source = image.source
+    if isinstance(source, PIL.Image.Image):
+        _check_size(image, source.size)
+    elif hasattr(source, "__array__"):
+        return PIL.Image.fromarray(_as_bytes(image, np.asarray(source))).convert("RGB")
+    elif not isinstance(source, Path | bytes):
+        raise InputError(f"{image}: expected a path, bytes, a PIL image or an array")
+    elif isinstance(source, Path):
+        need_file(source, image)
+    try:
+        with warnings.catch_warnings():
+            # PIL warns of big pictures from half of our limit on
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            if isinstance(source, PIL.Image.Image):
+                return _on_white(source)
+            stream = io.BytesIO(source) if isinstance(source, bytes) else source
+            with PIL.Image.open(stream) as file:
+                _check_size(image, file.size)
+                return PIL.ImageOps.exif_transpose(file).convert("RGB")
+    except InputError:
+        raise
+    except PIL.Image.DecompressionBombError as error:
+        raise InputError(f"{image}: expected at most {MAX_PIXELS:,} pixels ({error})") from None
+    except Exception as error:  # the decoders raise all kinds on a corrupt file
+        raise InputError(f"{image}: not readable as a picture ({error})") from error
 
 
-def _as_bytes(array: np.ndarray, name: str) -> np.ndarray:
-    """An array of pixels as uint8."""
-    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] != 3):
+def _check_size(image: Image, size: tuple[int, int]) -> None:
+    """Refuse an empty or huge picture by its header, before memory is taken for its pixels."""
+    width, height = size
+    if not width or not height:
+        raise InputError(f"{image}: the picture is empty, {width} x {height}")
+    if width * height > MAX_PIXELS:
         raise InputError(
-            f"{name}: expected [height, width, 3] or [height, width], at least one pixel"
+            f"{image}: {width} x {height} = {width * height:,} pixels, expected at most "
+            f"{MAX_PIXELS:,} pixels"
         )
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise InputError(f"{name}: expected at most {MAX_PIXELS:,} pixels")
+
+
+def _on_white(picture: Any) -> Any:
+    """A PIL image as RGB, put onto white where it is transparent."""
+    import PIL.Image
+
+    if "A" not in picture.getbands() and picture.info.get("transparency") is None:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    white = PIL.Image.new("RGBA", picture.size, "white")
+    return PIL.Image.alpha_composite(white, picture).convert("RGB")
+
+
+def _as_bytes(image: Image, array: np.ndarray) -> np.ndarray:
+    """An array of pixels as uint8."""
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
+        raise InputError(f"{image}: expected [height, width, 3] or [height, width]")
+    _check_size(image, (array.shape[1], array.shape[0]))
     if array.dtype == np.uint8:
         return array
     if not np.issubdtype(array.dtype, np.floating):
-        raise InputError(f"{name}: pixels are {array.dtype}, expected uint8, or floats from 0 to 1")
-    if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-        raise InputError(f"{name}: pixels reach beyond 0 to 1 or are NaN")
+        raise InputError(
+            f"{image}: pixels are {array.dtype}, expected uint8, or floats from 0 to 1"
+        )
+    low, high = array.min(), array.max()
+    if not (low >= 0 and high <= 1):  # NaN fails too
+        raise InputError(f"{image}: pixels from {low} to {high}, expected 0 to 1")
     return (array * 255).round().astype(np.uint8)
-
-
-def _named(source: Any) -> str:
-    """A picture's or sound's source, briefly."""
-    if isinstance(source, Path):
-        return repr(str(source))
-    if isinstance(source, bytes):
-        return f"{len(source)} bytes"
-    shape = getattr(source, "shape", None) or getattr(source, "size", None)
-    return f"{type(source).__name__} {shape}"

@@ -16,10 +16,30 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from g4lens.errors import InputError
-from g4lens.inputs.image import refuse_others, settings_of
+from g4lens.inputs.image import (
+    local_path,
+    need_counts,
+    need_file,
+    need_soft_token,
+    refuse_others,
+    settings_of,
+)
 
 MAX_SECONDS = 30
+RATES = (100, 1_000_000)  # samples a second: beyond, the rate is a mistake
 PAD_TO = 128  # the extractor pads the samples to a multiple of this
+
+# The extractor's settings that matter here, with what it takes them to be when a file leaves them
+# out.
+DEFAULTS = {
+    "sampling_rate": 16_000,
+    "feature_size": 128,
+    "frame_length_ms": 20.0,
+    "hop_length_ms": 10.0,
+    "min_frequency": 0.0,
+    "max_frequency": 8_000.0,
+    "mel_floor": 1e-3,
+}
 
 
 class Audio:
@@ -29,22 +49,21 @@ class Audio:
         source: a path (wav, flac, ogg, mp3), or an array `[sample]` or `[sample, channel]` of
             floats from -1 to 1 or of integers.
         rate: samples a second of an array; a file knows its own.
+
+    Raises:
+        InputError: a URL, a rate for a file, an array without one, a rate that cannot be.
     """
 
-    def __init__(self, source: Any, rate: float | None = None):
-        self.source = Path(source) if isinstance(source, str) else source
+    def __init__(self, source: Any, rate: int | float | None = None):
+        self.source = local_path(source, "Audio") if isinstance(source, str) else source
         self.rate = rate
-        if isinstance(source, str) and "://" in source:
-            raise InputError(
-                f"Audio({source!r}): found a URL, expected a path (g4lens fetches no media)"
-            )
         if isinstance(self.source, Path):
             if rate is not None:
                 raise InputError(f"{self}: rate={rate} given for a file, which knows its own")
         elif rate is None:
             raise InputError(f"{self}: an array needs its rate=, in samples a second")
-        elif not (np.isfinite(rate) and 100 <= rate <= 1_000_000):
-            raise InputError(f"{self}: rate is {rate}, expected 100 to 1,000,000 samples a second")
+        else:
+            _check_rate(self, rate)
 
     def __repr__(self) -> str:
         if isinstance(self.source, Path):
@@ -63,6 +82,9 @@ class SoundSettings:
         frame, hop: samples in a frame, and from one to the next.
         low, high: ends of the mel scale, in Hz.
         floor: added before the logarithm.
+
+    Raises:
+        InputError: a count that is no positive integer, an impossible scale or floor.
     """
 
     rate: int = 16_000
@@ -72,6 +94,13 @@ class SoundSettings:
     low: float = 0.0
     high: float = 8_000.0
     floor: float = 1e-3
+
+    def __post_init__(self) -> None:
+        need_counts(self, "rate", "n_mels", "frame", "hop")
+        if not 0 <= self.low < self.high:
+            raise InputError(f"mel scale of {self.low} to {self.high} Hz, expected 0 <= low < high")
+        if not self.floor > 0:
+            raise InputError(f"floor is {self.floor}, expected above 0")
 
     @property
     def n_fft(self) -> int:
@@ -85,25 +114,33 @@ class SoundSettings:
         Raises: InputError: settings that ask for something else than Gemma 4's preprocessing.
         """
         raw, path = settings_of(folder, "feature_extractor")
+        given = {name: raw.get(name, default) for name, default in DEFAULTS.items()}
+        for name, value in given.items():
+            if not isinstance(value, int | float) or not np.isfinite(value):
+                raise InputError(f"{path}: {name} is {value!r}, expected a number")
+        rate, n_mels, frame_ms, hop_ms, *rest = given.values()
+        try:
+            settings = cls(
+                rate, n_mels, round(rate * frame_ms / 1000), round(rate * hop_ms / 1000), *rest
+            )
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         plain = {
-            "dither": 0.0,
+            # the extractor writes these but computes them from the milliseconds
+            "frame_length": settings.frame,
+            "hop_length": settings.hop,
+            "fft_length": settings.n_fft,
+            "fft_overdrive": False,
+            "padding_side": "right",
+            "padding_value": 0.0,
             "preemphasis": 0.0,
+            "dither": 0.0,
             "input_scale_factor": 1.0,
             "per_bin_mean": None,
             "per_bin_stddev": None,
-            "fft_overdrive": False,
         }
         refuse_others(raw, plain, path)
-        rate = raw.get("sampling_rate", 16_000)
-        return cls(
-            rate,
-            raw.get("feature_size", 128),
-            raw.get("frame_length") or round(rate * raw.get("frame_length_ms", 20.0) / 1000),
-            raw.get("hop_length") or round(rate * raw.get("hop_length_ms", 10.0) / 1000),
-            raw.get("min_frequency", 0.0),
-            raw.get("max_frequency", 8_000.0),
-            raw.get("mel_floor", 1e-3),
-        )
+        return settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +165,11 @@ class MelFrames:
         return int(self.mask[::2][::2].sum())
 
     def span(self, k: int) -> tuple[float, float]:
-        """Start and end of the k-th soft token, in seconds."""
+        """Start and end of the k-th soft token, in seconds.
+
+        Raises: InputError: there is no k-th.
+        """
+        need_soft_token(k, self.n_soft_tokens)
         width = 4 * self.frame_seconds
         return k * width, min((k + 1) * width, self.seconds)
 
@@ -176,47 +217,64 @@ def mel_bands(settings: SoundSettings) -> np.ndarray:
 
 def _samples(sound: Audio, rate: int) -> np.ndarray:
     """Mono samples at the rate, float32, at most 30 s of them."""
-    wave, found_rate, is_longer = _read(sound)
+    given = sound.rate
+    wave, found_rate, is_longer = _from_file(sound) if given is None else _from_array(sound, given)
     if wave.ndim not in (1, 2) or 0 in wave.shape:
         raise InputError(
             f"{sound}: samples are {wave.shape}, expected [sample] or [sample, channel], not empty"
         )
     if not np.isfinite(wave).all():
-        raise InputError(f"{sound}: the samples hold NaN or infinity")
-    if not wave.any():
+        raise InputError(f"{sound}: the samples hold NaN or infinity, expected finite numbers")
+    mono = wave if wave.ndim == 1 else wave.mean(axis=1, dtype=np.float32)
+    if not mono.any():
         raise InputError(f"{sound}: all samples are zero, the sound is silent")
     if is_longer:
         warnings.warn(f"{sound} is longer than {MAX_SECONDS} s: the rest is cut off", stacklevel=2)
-    mono = wave if wave.ndim == 1 else wave.mean(axis=1)
     if found_rate != rate:
         import soxr
 
         mono = soxr.resample(mono, found_rate, rate)
-    return mono[: MAX_SECONDS * rate].astype(np.float32)
+    return mono[: MAX_SECONDS * rate]
 
 
-def _read(sound: Audio) -> tuple[np.ndarray, float, bool]:
-    """The first 30 s of samples as floats, their rate, and whether there were more."""
-    if sound.rate is not None:
+def _from_array(sound: Audio, rate: float) -> tuple[np.ndarray, float, bool]:
+    """The first 30 s of samples as float32, their rate, and whether there were more."""
+    try:
         samples = np.asarray(sound.source)
-        if np.issubdtype(samples.dtype, np.signedinteger):
-            samples = samples / -float(np.iinfo(samples.dtype).min)
-        elif not np.issubdtype(samples.dtype, np.floating):
-            raise InputError(
-                f"{sound}: samples are {samples.dtype}, expected floats or signed integers"
-            )
-        most = round(MAX_SECONDS * sound.rate)
-        if samples.ndim == 0:
-            return samples, sound.rate, False
-        return samples[:most], sound.rate, len(samples) > most
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"{sound}: not readable as an array ({error})") from None
+    most = round(MAX_SECONDS * rate)
+    is_longer = samples.ndim > 0 and len(samples) > most
+    samples = samples[:most] if is_longer else samples
+    if np.issubdtype(samples.dtype, np.signedinteger):
+        samples = samples / -float(np.iinfo(samples.dtype).min)
+    elif not np.issubdtype(samples.dtype, np.floating):
+        raise InputError(
+            f"{sound}: samples are {samples.dtype}, expected floats or signed integers"
+        )
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused
+        return samples.astype(np.float32), rate, is_longer
+
+
+def _from_file(sound: Audio) -> tuple[np.ndarray, float, bool]:
+    """The same of a file, of which no more is read."""
     import soundfile
 
-    if not sound.source.is_file():
-        raise InputError(f"{sound}: no such file")
+    need_file(sound.source, sound)
     try:
         with soundfile.SoundFile(sound.source) as file:
+            _check_rate(sound, file.samplerate)
             most = MAX_SECONDS * file.samplerate
             samples = file.read(most + 1, dtype="float32")
             return samples[:most], file.samplerate, len(samples) > most
-    except (soundfile.SoundFileError, OSError, ValueError) as error:
+    except InputError:
+        raise
+    except (soundfile.SoundFileError, OSError, ValueError, TypeError) as error:
         raise InputError(f"{sound}: not readable as a sound ({error})") from None
+
+
+def _check_rate(sound: Audio, rate: Any) -> None:
+    """Refuse a rate that no sound has. Raises: InputError."""
+    low, high = RATES
+    if not (isinstance(rate, int | float | np.number) and low <= rate <= high):
+        raise InputError(f"{sound}: rate is {rate!r}, expected {low} to {high:,} samples a second")

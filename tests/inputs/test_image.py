@@ -1,6 +1,8 @@
 """Pictures from every source, and what is no picture."""
 
 import io
+import json
+import zlib
 
 import numpy as np
 import pytest
@@ -72,18 +74,24 @@ def test_any_aspect(size):
     ("source", "says"),
     [
         ("https://example.org/a.png", "found a URL, expected a path"),
+        ("HTTP://example.org/a.png", "found a URL, expected a path"),
+        ("data:image/png;base64,AAAA", "found a URL, expected a path"),
         ("absent.png", "absent.png.*no such file"),
+        ("x" * 5000, "no such file"),
+        ("a\0b", "no such file"),
+        (".", "no such file"),
         (b"", "0 bytes.*not readable as a picture"),
         (b"nonsense", "8 bytes.*not readable as a picture"),
         (png(noise())[:-200], "not readable as a picture"),
-        (np.zeros((0, 5, 3), np.uint8), "at least one pixel"),
+        (np.zeros((0, 5, 3), np.uint8), "the picture is empty, 5 x 0"),
         (np.zeros((5, 5, 4), np.uint8), r"expected \[height, width, 3\]"),
         (np.zeros((5, 5, 3), np.int32), "pixels are int32, expected uint8"),
-        (np.full((5, 5, 3), 2.0), "beyond 0 to 1"),
-        (np.full((5, 5, 3), np.nan), "are NaN"),
+        (np.full((5, 5, 3), 2.0), "pixels from 2.0 to 2.0, expected 0 to 1"),
+        (np.full((5, 5, 3), np.nan), "pixels from nan"),
         (Pil.new("RGB", (0, 5)), "the picture is empty, 0 x 5"),
-        (17, "not readable as a picture"),
-        (None, "not readable as a picture"),
+        (17, r"Image\(int\).*expected a path, bytes, a PIL image or an array"),
+        (None, r"Image\(NoneType\).*expected a path"),
+        (["a.png"], r"Image\(list\).*expected a path"),
     ],
 )
 def test_what_is_no_picture(source, says):
@@ -91,29 +99,93 @@ def test_what_is_no_picture(source, says):
         patches(Image(source), SETTINGS)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_damaged_files(tmp_path, kind):
+    file = io.BytesIO()
+    Pil.fromarray(noise()).save(file, kind)
+    whole = file.getvalue()
+    assert patches(Image(whole), SETTINGS).size == (90, 60)
+    path = tmp_path / "damaged"
+    for n in (1, 10, 40, len(whole) // 2):
+        path.write_bytes(whole[:n])
+        with pytest.raises(InputError, match=r"damaged'\): not readable as a picture"):
+            patches(Image(path), SETTINGS)
+    rng = np.random.default_rng(0)
+    for _ in range(30):  # garbage inside: whatever the decoder does, it is our error or a picture
+        garbage = bytearray(whole)
+        for at in rng.integers(0, 200, 8):
+            garbage[at] = rng.integers(256)
+        try:
+            assert patches(Image(bytes(garbage)), SETTINGS).pixels.isfinite().all()
+        except InputError as error:
+            assert "bytes)" in str(error)
+
+
 def test_pixels_are_capped_before_decoding(monkeypatch):
+    def decode(*_):
+        raise AssertionError("the pixels were decoded")
+
+    monkeypatch.setattr(Pil.Image, "convert", decode)
     monkeypatch.setattr(module, "MAX_PIXELS", 1000)
-    for source in (png(noise()), noise()):
-        with pytest.raises(InputError, match="expected at most 1,000 pixels"):
+    for source in (png(noise()), noise(), Pil.fromarray(noise())):
+        with pytest.raises(InputError, match="90 x 60 = 5,400 pixels, expected at most 1,000 pix"):
             patches(Image(source), SETTINGS)
 
 
-def test_a_decompression_bomb():
-    header = png(np.zeros((1, 1), np.uint8))
-    huge = header[:16] + (60_000).to_bytes(4) + (60_000).to_bytes(4) + header[24:]
-    with pytest.raises(InputError):
-        patches(Image(huge), SETTINGS)
+@pytest.mark.parametrize("side", [14_000, 60_000])
+def test_a_decompression_bomb(tmp_path, side):
+    """A header that promises more than there is."""
+    small = png(np.zeros((1, 1), np.uint8))
+    header = b"IHDR" + side.to_bytes(4) * 2 + small[24:29]
+    path = tmp_path / "bomb.png"
+    path.write_bytes(small[:12] + header + zlib.crc32(header).to_bytes(4) + small[33:])
+    with pytest.raises(InputError, match=f"bomb.png.*at most 178,956,970 pixels .*{side**2}"):
+        patches(Image(path), SETTINGS)
+
+
+def test_boxes_end_with_the_soft_tokens():
+    found = patches(Image(noise()), SETTINGS)
+    for k in (-1, found.n_soft_tokens):
+        with pytest.raises(InputError, match=f"soft token {k}, expected 0 to"):
+            found.box(k)
+
+
+def written(folder, name="processor_config.json", **content):
+    (folder / name).write_text(json.dumps(content))
 
 
 def test_settings_files(tmp_path):
     assert ImageSettings.from_json(tmp_path) == ImageSettings()
-    (tmp_path / "preprocessor_config.json").write_text('{"max_soft_tokens": 140}')
+    written(tmp_path, "preprocessor_config.json", max_soft_tokens=140)
     assert ImageSettings.from_json(tmp_path).max_soft_tokens == 140
-    (tmp_path / "processor_config.json").write_text('{"image_processor": {"max_soft_tokens": 560}}')
-    assert ImageSettings.from_json(tmp_path).max_soft_tokens == 560
-    (tmp_path / "processor_config.json").write_text('{"image_processor": {"do_normalize": true}}')
-    with pytest.raises(InputError, match="do_normalize is True, g4lens computes False only"):
+    written(tmp_path, feature_extractor={})
+    assert ImageSettings.from_json(tmp_path).max_soft_tokens == 140
+    written(tmp_path, image_processor={"max_soft_tokens": 560, "patch_size": None})
+    assert ImageSettings.from_json(tmp_path) == ImageSettings(560)
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"do_normalize": True}, "do_normalize is True, g4lens computes False only"),
+        ({"do_convert_rgb": False}, "do_convert_rgb is False"),
+        ({"resample": 2}, "resample is 2, g4lens computes 3 only"),
+        ({"rescale_factor": 1.0}, "rescale_factor is 1.0"),
+        ({"max_soft_tokens": 100}, "max_soft_tokens is 100, expected one of"),
+        ({"max_soft_tokens": 70.0}, "max_soft_tokens is 70.0, expected a positive integer"),
+        ({"patch_size": 0}, "patch_size is 0, expected a positive integer"),
+        ({"pooling_kernel_size": "3"}, "pooling is '3', expected a positive integer"),
+        ("x", "image_processor is 'x', expected an object"),
+    ],
+)
+def test_settings_that_are_not_computed(tmp_path, section, says):
+    written(tmp_path, image_processor=section)
+    with pytest.raises(InputError, match=rf"processor_config.json: .*{says}"):
         ImageSettings.from_json(tmp_path)
-    (tmp_path / "processor_config.json").write_text("[")
-    with pytest.raises(InputError, match="not readable as a JSON object"):
+
+
+@pytest.mark.parametrize(("text", "says"), [("[", "not readable as JSON"), ("[]", "found a list")])
+def test_what_is_no_settings_file(tmp_path, text, says):
+    (tmp_path / "processor_config.json").write_text(text)
+    with pytest.raises(InputError, match=says):
         ImageSettings.from_json(tmp_path)
