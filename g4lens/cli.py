@@ -165,9 +165,12 @@ def tutorial(folder: Path, open_it: bool = True) -> None:
     """Copy the notebooks to a folder and open them in JupyterLab, on this machine only.
 
     Raises:
-        InputError: a notebook there was changed, or JupyterLab is not installed.
+        InputError: a notebook there was changed, the folder cannot be written to, JupyterLab is not
+            installed, or there is nothing to copy.
     """
     sources = sorted(bundled("notebooks").glob("*.ipynb"))
+    if not sources:
+        raise InputError(f"no notebooks in {bundled('notebooks')}")
     changed = [
         source.name
         for source in sources

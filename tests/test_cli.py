@@ -1,9 +1,15 @@
 """The command line: what it prints, and one clean line for every error."""
 
+import re
+import subprocess
+import sys
+
 import pytest
+import torch
 
 import g4lens
 from g4lens import cli
+from g4lens.resources import bundled
 
 
 def test_info_tells_geometry_blocks_parameters_and_hooks(capsys):
@@ -11,15 +17,50 @@ def test_info_tells_geometry_blocks_parameters_and_hooks(capsys):
     told = capsys.readouterr().out
     assert "15 blocks" in told and "LLLLG LLLLG LLLLG" in told
     assert "10, 11, 12, 13 read those of block 8 (local)" in told
-    assert "14 read those of block 9 (global)" in told
-    model = g4lens.load("tiny", device="cpu")
+    assert "14 reads those of block 9 (global)" in told
+    with torch.device("meta"):
+        model = g4lens.Gemma4(g4lens.Gemma4Config.from_json(bundled("data", "tiny")))
     assert f"{sum(p.numel() for p in model.parameters()):,}" in told
     assert f"{len(model.hook_points)} hook points" in told
-    assert "blocks.i.attn.hook_rot_k" in told and "batch key_pos kv_head d_head" in told
+    assert "blocks.i.attn.hook_rot_k" in told
+    assert "0 to 14   batch key_pos kv_head=1 d_head=32|64" in told
+    assert re.search(r"blocks.i.attn.hook_k +0 to 9 +batch pos kv_head=1", told)
+
+
+def test_the_hook_table_says_the_true_sizes(model, seen_and_heard):
+    table = {}
+    for line in cli._hooks(model).splitlines()[1:]:
+        name, *_ = line.split()
+        table[name] = line.split("  ")[-1].split()
+    _, cache = model.run_with_cache(seen_and_heard, "*")
+    assert set(cache.keys()) == set(model.hook_points)
+    for name, x in cache.items():
+        axes = table[re.sub(r"blocks\.\d+", "blocks.i", name)]
+        assert [axis.partition("=")[0] for axis in axes] == list(model.hook_points[name].axes)
+        for axis, size in zip(axes, x.shape, strict=True):
+            _, given, sizes = axis.partition("=")
+            assert not given or str(size) in sizes.split("|"), (name, axes, x.shape)
+
+
+def test_the_parameters_of_e2b_are_counted_by_part():
+    cfg = g4lens.Gemma4Config(
+        vision=g4lens.config.VisionConfig(),
+        audio=g4lens.config.AudioConfig(),
+        image_id=258_880,
+        audio_id=258_881,
+    )
+    with torch.device("meta"):
+        told = cli._parameters(g4lens.Gemma4(cfg))
+    found = {
+        line.split()[0]: int(line.split()[1].replace(",", "")) for line in told.split("\n")[1:]
+    }
+    billions = {"embedding": 0.40, "PLE": 2.35, "decoder": 1.87, "vision": 0.17, "audio": 0.30}
+    published = billions | {"total": 5.10}
+    assert {part: n / 1e9 for part, n in found.items()} == pytest.approx(published, abs=0.01)
 
 
 def test_info_needs_no_weights(tmp_path, capsys):
-    config = g4lens.resources.bundled("data", "tiny") / "config.json"
+    config = bundled("data", "tiny") / "config.json"
     (tmp_path / "config.json").write_bytes(config.read_bytes())
     assert cli.main(["info", str(tmp_path)]) == 0
     assert "parameters" in capsys.readouterr().out
@@ -32,16 +73,52 @@ def test_errors_are_one_line(name, capsys):
     assert told.out == "" and told.err.startswith("g4lens: ") and told.err.count("\n") == 1
 
 
-def test_tutorial_copies_and_never_overwrites_changes(tmp_path, capsys):
-    folder = tmp_path / "mine"
+@pytest.fixture(autouse=True)
+def notebooks(tmp_path, monkeypatch):
+    """Two notebooks, as an installation carries them."""
+    folder = tmp_path / "installed"
+    folder.mkdir()
+    for name in ("00_start.ipynb", "01_more.ipynb"):
+        (folder / name).write_text(name)
+    monkeypatch.setattr(cli, "bundled", lambda name: folder)
+    return folder
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The commands that would have taken this process's place."""
+    commands = []
+    monkeypatch.setattr(cli.os, "execv", lambda path, command: commands.append(command))
+    return commands
+
+
+def test_tutorial_copies_and_never_overwrites_changes(tmp_path, capsys, started):
+    folder = tmp_path / "new" / "mine"
     assert cli.main(["tutorial", str(folder), "--no-open"]) == 0
-    notebooks = sorted(folder.iterdir())
-    assert notebooks and all(path.suffix == ".ipynb" for path in notebooks)
+    copies = sorted(folder.iterdir())
+    assert [path.name for path in copies] == ["00_start.ipynb", "01_more.ipynb"]
     assert cli.main(["tutorial", str(folder), "--no-open"]) == 0
-    notebooks[0].write_text("my work")
-    assert cli.main(["tutorial", str(folder), "--no-open"]) == 2
-    assert notebooks[0].read_text() == "my work"
-    assert "would be lost" in capsys.readouterr().err
+    copies[0].write_text("my work")
+    copies[1].unlink()
+    assert cli.main(["tutorial", str(folder)]) == 2
+    assert copies[0].read_text() == "my work" and not copies[1].exists()
+    told = capsys.readouterr().err
+    assert "00_start.ipynb with changes, which would be lost" in told and "jupyter lab" in told
+    assert not started
+
+
+def test_an_installation_without_notebooks(tmp_path, notebooks, capsys):
+    for path in notebooks.iterdir():
+        path.unlink()
+    assert cli.main(["tutorial", str(tmp_path / "x")]) == 2
+    assert "no notebooks in" in capsys.readouterr().err
+
+
+def test_tutorial_copies_can_be_written_to(tmp_path, notebooks):
+    for path in notebooks.iterdir():
+        path.chmod(0o444)
+    assert cli.main(["tutorial", str(tmp_path / "x"), "--no-open"]) == 0
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "x").iterdir())
 
 
 def test_tutorial_without_jupyterlab(tmp_path, capsys, monkeypatch):
@@ -51,11 +128,11 @@ def test_tutorial_without_jupyterlab(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
-def test_tutorial_opens_on_this_machine_only(tmp_path, monkeypatch):
-    started = []
-    monkeypatch.setattr(cli.subprocess, "run", lambda command, check: started.append(command))
+def test_tutorial_opens_the_first_on_this_machine_only(tmp_path, started):
     assert cli.main(["tutorial", str(tmp_path / "x")]) == 0
+    assert started[0][:3] == [sys.executable, "-m", "jupyterlab"]
     assert "--ip=127.0.0.1" in started[0]
+    assert started[0][-1] == str(tmp_path / "x" / "00_start.ipynb")
 
 
 def test_an_unwritable_folder(tmp_path, capsys):
@@ -76,3 +153,9 @@ def test_version(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"g4lens {g4lens.__version__}\n"
+
+
+def test_a_reader_that_goes_away():
+    command = f"{sys.executable} -m g4lens.cli info tiny | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("tiny: 15 blocks") and done.stderr == ""

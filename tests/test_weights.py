@@ -1,5 +1,7 @@
 """Checkpoints: complete or an error, nothing half-loaded, nothing unpickled."""
 
+import contextlib
+import copy
 import json
 import pickle
 
@@ -50,7 +52,7 @@ def test_names_are_one_to_one(saved):
     assert names == set(load_file(saved / "model.safetensors"))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_stored_dtypes(folder, dtype):
     edit(folder, lambda t: t.update({k: v.to(dtype) for k, v in t.items()}))
     assert {x.dtype for x in g4lens.load(folder, device="cpu").state_dict().values()} == {dtype}
@@ -201,6 +203,7 @@ def test_a_source_rebuilds_the_very_model(folder):
 
 def test_edited_models_have_no_source(folder):
     model = g4lens.load(folder, device="cpu")
+    assert model.source == copy.deepcopy(model).source
     model.blocks[3].mlp.down_proj.weight.data[0, 0] += 1  # unseen by autograd's counters
     with pytest.raises(
         WeightsError, match=r"1 weights differ .*: blocks\.3\.mlp\.down_proj\.weight"
@@ -208,3 +211,38 @@ def test_edited_models_have_no_source(folder):
         _ = model.source
     with pytest.raises(InputError, match="made in memory"):
         _ = g4lens.Gemma4(model.cfg).source
+
+
+def test_another_dtype_in_memory_has_no_source(folder):
+    model = g4lens.load(folder, device="cpu")
+    with pytest.raises(WeightsError, match="weights differ from those in"):
+        _ = model.to(torch.float64).source
+
+
+def test_weights_that_changed_on_disk_are_not_the_source(folder):
+    model = g4lens.load(folder, device="cpu")
+    edit(folder, lambda t: t["model.language_model.norm.weight"].add_(1))
+    with pytest.raises(WeightsError, match=r"1 weights differ from those in .*: ln_final\.weight"):
+        _ = model.source
+
+
+def test_text_only_weights_are_saved_under_their_own_names(tmp_path):
+    theirs = made.reference(made.text_config(made.UNEVEN))
+    theirs.save_pretrained(tmp_path / "theirs")
+    save(g4lens.load(tmp_path / "theirs", device="cpu"), tmp_path / "ours")
+    saved = load_file(tmp_path / "ours" / "model.safetensors")
+    expected = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert set(saved) == set(expected)
+    assert all(torch.equal(x, expected[name]) for name, x in saved.items())
+
+
+def test_damaged_headers_are_our_error_or_harmless(folder):
+    path = folder / "model.safetensors"
+    whole, random = path.read_bytes(), torch.Generator().manual_seed(0)
+    n = 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[torch.randint(n, (), generator=random)] = torch.randint(256, (), generator=random)
+        path.write_bytes(damaged)
+        with contextlib.suppress(WeightsError):
+            g4lens.load(folder, device="cpu")

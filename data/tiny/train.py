@@ -47,7 +47,7 @@ class Recipe(Mixture):
     """What the result depends on, beside the mixture."""
 
     threads: int = 1
-    steps: int = 6000
+    steps: int = 5000
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     warm_up: int = 100

@@ -75,20 +75,15 @@ def render(
         add_generation_prompt: open the model's turn at the end.
         special: texts of special tokens by the names that templates use, as `bos_token`.
 
-    Raises: InputError: a message without role or of an unknown one, or whatever the template
-        objects to.
+    Raises: InputError: a message without role or of an unknown one, a message that says nothing,
+        or whatever the template objects to.
     """
     import jinja2
 
     if not messages:
         raise InputError("chat: no messages, expected at least one")
     for index, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, Mapping) else None
-        if role not in (*ROLES, "tool"):
-            raise InputError(
-                f"message {index} has role {role!r}, expected system, user, assistant, model or "
-                "tool"
-            )
+        _check(index, message)
     try:
         return (
             _environment()
@@ -109,6 +104,23 @@ def render(
         raise InputError(
             f"the chat template failed on the messages: {type(error).__name__}: {error}"
         ) from None
+
+
+def _check(index: int, message: Any) -> None:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if role not in (*ROLES, "tool"):
+        raise InputError(
+            f"message {index} has role {role!r}, expected system, user, assistant, model or tool"
+        )
+    content = message.get("content")
+    if content is None and not (message.get("tool_calls") or message.get("tool_responses")):
+        raise InputError(f"message {index} of role {role!r} has no content")
+    # What a tool gave back may be any value
+    if role != "tool" and not isinstance(content, str | list | tuple | None):
+        raise InputError(
+            f"message {index} has content of type {type(content).__name__}, expected a text or a "
+            "list of parts"
+        )
 
 
 def _environment() -> Any:

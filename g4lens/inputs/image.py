@@ -33,22 +33,26 @@ class Image:
 
     Args:
         source: a path, the bytes of an image file, a PIL image, or an array `[height, width, 3]`
-            (or `[height, width]`, grey) of uint8, or of floats from 0 to 1.
+            (or `[height, width]`, grey) of uint8, or of floats from 0 to 1 (rounded to uint8).
 
     Raises:
-        InputError: a URL.
+        InputError: a URL, or another kind of thing.
     """
 
     def __init__(self, source: Any):
+        import PIL.Image
+
         self.source = local_path(source, "Image") if isinstance(source, str) else source
+        kinds = Path | bytes | PIL.Image.Image
+        if not (isinstance(self.source, kinds) or hasattr(self.source, "__array__")):
+            raise InputError(f"{self}: expected a path, bytes, a PIL image or an array")
 
     def __repr__(self) -> str:
         if isinstance(self.source, Path):
             return f"Image({str(self.source)!r})"
         if isinstance(self.source, bytes):
             return f"Image({len(self.source)} bytes)"
-        size = getattr(self.source, "shape", None) or getattr(self.source, "size", "")
-        return f"Image({f'{type(self.source).__name__} {size}'.strip()})"
+        return f"Image({named(self.source)})"
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,20 @@ def local_path(source: str, kind: str) -> Path:
     return Path(source)
 
 
+def named(source: Any) -> str:
+    """The kind of an array or PIL image, and its shape or size."""
+    size = getattr(source, "shape", getattr(source, "size", None))
+    return type(source).__name__ + (f" {tuple(size)}" if isinstance(size, tuple) else "")
+
+
+def array_of(source: Any, what: object) -> np.ndarray:
+    """Raises: InputError: a ragged list, or a tensor that NumPy cannot take as it is."""
+    try:
+        return np.asarray(source)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{what}: not readable as an array ({error})") from None
+
+
 def need_file(path: Path, what: object) -> None:
     """Raises: InputError: no file is there, or none can be."""
     try:
@@ -246,22 +264,23 @@ def _decoded(image: Image) -> Any:
     source = image.source
     if isinstance(source, PIL.Image.Image):
         _check_size(image, source.size)
-    elif hasattr(source, "__array__"):
-        return PIL.Image.fromarray(_as_bytes(image, np.asarray(source))).convert("RGB")
-    elif not isinstance(source, Path | bytes):
-        raise InputError(f"{image}: expected a path, bytes, a PIL image or an array")
     elif isinstance(source, Path):
         need_file(source, image)
+    elif not isinstance(source, bytes):
+        return PIL.Image.fromarray(_as_bytes(image, array_of(source, image))).convert("RGB")
     try:
         with warnings.catch_warnings():
-            # PIL warns of big pictures from half of our limit on
+            # PIL warns of big pictures from half of our limit on, and of palettes with several
+            # transparent colours, which become opaque like all transparency in a file.
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", "Palette images with Transparency")
             if isinstance(source, PIL.Image.Image):
                 return _on_white(source)
             stream = io.BytesIO(source) if isinstance(source, bytes) else source
             with PIL.Image.open(stream) as file:
                 _check_size(image, file.size)
-                return PIL.ImageOps.exif_transpose(file).convert("RGB")
+                PIL.ImageOps.exif_transpose(file, in_place=True)
+                return file.convert("RGB")
     except InputError:
         raise
     except PIL.Image.DecompressionBombError as error:

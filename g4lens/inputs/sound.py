@@ -17,7 +17,9 @@ from torch import Tensor
 
 from g4lens.errors import InputError
 from g4lens.inputs.image import (
+    array_of,
     local_path,
+    named,
     need_counts,
     need_file,
     need_soft_token,
@@ -27,6 +29,7 @@ from g4lens.inputs.image import (
 
 MAX_SECONDS = 30
 RATES = (100, 1_000_000)  # samples a second: beyond, the rate is a mistake
+PEAK = 100  # floats end at 1 or somewhat above; integers taken for floats reach thousands
 PAD_TO = 128  # the extractor pads the samples to a multiple of this
 
 # The extractor's settings that matter here, with what it takes them to be when a file leaves them
@@ -47,11 +50,12 @@ class Audio:
 
     Args:
         source: a path (wav, flac, ogg, mp3), or an array `[sample]` or `[sample, channel]` of
-            floats from -1 to 1 or of integers.
+            floats from -1 to 1, of int16 or of int32.
         rate: samples a second of an array; a file knows its own.
 
     Raises:
-        InputError: a URL, a rate for a file, an array without one, a rate that cannot be.
+        InputError: a URL, another kind of thing, a rate for a file, an array without one, a rate
+            that cannot be.
     """
 
     def __init__(self, source: Any, rate: int | float | None = None):
@@ -60,6 +64,8 @@ class Audio:
         if isinstance(self.source, Path):
             if rate is not None:
                 raise InputError(f"{self}: rate={rate} given for a file, which knows its own")
+        elif not (isinstance(self.source, list | tuple) or hasattr(self.source, "__array__")):
+            raise InputError(f"{self}: expected a path or an array")
         elif rate is None:
             raise InputError(f"{self}: an array needs its rate=, in samples a second")
         else:
@@ -68,8 +74,7 @@ class Audio:
     def __repr__(self) -> str:
         if isinstance(self.source, Path):
             return f"Audio({str(self.source)!r})"
-        shape = getattr(self.source, "shape", "")
-        return f"Audio({type(self.source).__name__} {shape}, rate={self.rate})"
+        return f"Audio({named(self.source)}, rate={self.rate})"
 
 
 @dataclass(frozen=True)
@@ -178,8 +183,11 @@ def mel_frames(sound: Audio, settings: SoundSettings) -> MelFrames:
     """Decode a sound and compute its frames.
 
     Raises:
-        InputError: a sound that cannot be decoded, is empty, silent, shorter than a frame, or not
-            finite.
+        InputError: a sound that cannot be decoded, is empty, silent (nothing but zeros once mixed
+            to mono), shorter than a frame, not finite, or far beyond -1 to 1.
+
+    Warns:
+        UserWarning: the sound is longer than 30 s.
     """
     wave = _samples(sound, settings.rate)
     n = len(wave)
@@ -225,6 +233,8 @@ def _samples(sound: Audio, rate: int) -> np.ndarray:
         )
     if not np.isfinite(wave).all():
         raise InputError(f"{sound}: the samples hold NaN or infinity, expected finite numbers")
+    if (peak := np.abs(wave).max()) > PEAK:
+        raise InputError(f"{sound}: samples reach {peak:g}, expected floats from -1 to 1")
     mono = wave if wave.ndim == 1 else wave.mean(axis=1, dtype=np.float32)
     if not mono.any():
         raise InputError(f"{sound}: all samples are zero, the sound is silent")
@@ -239,19 +249,19 @@ def _samples(sound: Audio, rate: int) -> np.ndarray:
 
 def _from_array(sound: Audio, rate: float) -> tuple[np.ndarray, float, bool]:
     """The first 30 s of samples as float32, their rate, and whether there were more."""
-    try:
-        samples = np.asarray(sound.source)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{sound}: not readable as an array ({error})") from None
+    samples = array_of(sound.source, sound)
+    if samples.ndim == 2 and 0 < len(samples) < samples.shape[1]:
+        raise InputError(
+            f"{sound}: {samples.shape[1]:,} channels of {len(samples)} samples, expected "
+            "[sample, channel]"
+        )
     most = round(MAX_SECONDS * rate)
     is_longer = samples.ndim > 0 and len(samples) > most
     samples = samples[:most] if is_longer else samples
-    if np.issubdtype(samples.dtype, np.signedinteger):
+    if samples.dtype in (np.int16, np.int32):
         samples = samples / -float(np.iinfo(samples.dtype).min)
-    elif not np.issubdtype(samples.dtype, np.floating):
-        raise InputError(
-            f"{sound}: samples are {samples.dtype}, expected floats or signed integers"
-        )
+    elif not np.issubdtype(samples.dtype, np.floating):  # no scale is known of other integers
+        raise InputError(f"{sound}: samples are {samples.dtype}, expected floats, int16 or int32")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused
         return samples.astype(np.float32), rate, is_longer
 
@@ -276,5 +286,5 @@ def _from_file(sound: Audio) -> tuple[np.ndarray, float, bool]:
 def _check_rate(sound: Audio, rate: Any) -> None:
     """Refuse a rate that no sound has. Raises: InputError."""
     low, high = RATES
-    if not (isinstance(rate, int | float | np.number) and low <= rate <= high):
+    if not (isinstance(rate, int | float | np.integer | np.floating) and low <= rate <= high):
         raise InputError(f"{sound}: rate is {rate!r}, expected {low} to {high:,} samples a second")

@@ -12,6 +12,9 @@ from typing import Protocol, runtime_checkable
 
 from g4lens.errors import InputError, did_you_mean
 
+# A mark, also where the file does not call it special: <|turn> and <turn|>, but not <table>
+MARK = re.compile(r"<\|.+\|?>|<.+\|>")
+
 
 @runtime_checkable
 class _Backend(Protocol):
@@ -140,7 +143,11 @@ class _Json:
         self._model.no_truncation()
         self._model.no_padding()
         added = self._model.get_added_tokens_decoder()
-        self.special = {token.content: id_ for id_, token in added.items() if token.special}
+        self.special = {
+            token.content: id_
+            for id_, token in added.items()
+            if token.special or MARK.fullmatch(token.content)
+        }
         self.n_vocab = self._model.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
@@ -160,9 +167,6 @@ class _Json:
 
 
 class _SentencePiece:
-    # A control token, or a piece spelt like one: <|turn> and <turn|>, but not <table>
-    MARK = re.compile(r"<\|.+\|?>|<.+\|>")
-
     def __init__(self, path: Path):
         import sentencepiece
 
@@ -175,7 +179,7 @@ class _SentencePiece:
         self.special = {
             piece: id_
             for id_, piece in enumerate(self.pieces())
-            if any(is_kind(id_) for is_kind in control) or self.MARK.fullmatch(piece)
+            if any(is_kind(id_) for is_kind in control) or MARK.fullmatch(piece)
         }
 
     def encode(self, text: str) -> list[int]:

@@ -15,6 +15,7 @@ WEATHER = {
     "description": "Tells the weather.",
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
+HI = {"role": "user", "content": "Hi"}
 
 
 def rendered(messages, **options):
@@ -51,6 +52,35 @@ def test_calls_and_responses():
     assert parse(written).tool_calls == (ToolCall("weather", call["arguments"]),)
 
 
+def test_text_beside_a_call_leaves_the_turn_open_for_the_response():
+    said = {"role": "assistant", "content": "I look.", "tool_calls": [{"name": "f"}]}
+    result = {"role": "tool", "name": "f", "content": "r"}
+    answer = {"role": "assistant", "content": "Done."}
+    written = '<|tool_response>response:f{value:<|"|>r<|"|>}<tool_response|>'
+    called = "<bos><|turn>user\nHi<turn|>\n<|turn>model\n<|tool_call>call:f{}<tool_call|>"
+    text = rendered([HI, said, result, answer], add_generation_prompt=False)
+    assert text == f"{called}I look.{written}Done.<turn|>\n"
+    text = rendered([HI, result, HI])
+    assert f"<|turn>model\n{written}<turn|>\n<|turn>user" in text
+
+
+def test_responses_within_the_message_of_the_call():
+    responses = [{"name": "f", "response": {"x": [1, None]}}, {"name": "g", "response": 2}]
+    message = {"role": "model", "tool_calls": [{"name": "f"}], "tool_responses": responses}
+    written = (
+        "<|tool_call>call:f{}<tool_call|><|tool_response>response:f{x:[1,null]}<tool_response|>"
+        "<|tool_response>response:g{value:2}<tool_response|>"
+    )
+    assert rendered([HI, message]).endswith(f"<|turn>model\n{written}")
+    assert rendered([HI, {**message, "content": "So."}, HI]).count(f"{written}So.<turn|>") == 1
+
+
+def test_results_of_any_type():
+    for value, written in ((3, "3"), ([{"type": "text", "text": "a"}], '<|"|>a<|"|>')):
+        text = rendered([HI, {"role": "tool", "name": "f", "content": value}])
+        assert f"response:f{{value:{written}}}" in text
+
+
 def test_parts_of_a_message():
     content = [{"type": "image"}, {"type": "text", "text": "What is it?"}, {"type": "audio"}]
     assert "<|image|>What is it?<|audio|><turn|>" in rendered(
@@ -65,11 +95,22 @@ def test_parts_of_a_message():
         (["Hi"], "message 0 has role None"),
         ([{"role": "robot", "content": "Hi"}], "message 0 has role 'robot', expected system, user"),
         ([{"role": "user", "content": [{"type": "smell"}]}], "content of type smell"),
+        ([{"role": "user"}], "message 0 of role 'user' has no content"),
+        ([HI, {"role": "assistant", "content": None}], "message 1 of role 'assistant' has no"),
+        ([{"role": "user", "content": 3}], "content of type int, expected a text or a list"),
+        ([{"role": "user", "content": {"text": "Hi"}}], "content of type dict, expected a text"),
+        ([HI, {"role": "assistant", "tool_calls": [{}]}], "a tool call has no name"),
     ],
 )
 def test_messages_that_cannot_be_rendered(messages, says):
     with pytest.raises(InputError, match=says):
         rendered(messages)
+
+
+def test_a_tool_without_name():
+    for tool in ({"description": "d"}, {"function": {}}, 3):
+        with pytest.raises(InputError, match="a declared tool has no name"):
+            rendered([HI], tools=[tool])
 
 
 @pytest.mark.parametrize(
@@ -109,6 +150,14 @@ def test_roles():
         *[*["thought"] * 5, "model", *["tool"] * 3],
         *["model", None],
     ]
+
+
+def test_roles_of_a_system_turn_and_of_tools():
+    system = ["<|turn>", "sys", "tem", "\n", "<|think|>", "<|tool>", "f", "<tool|>", "<turn|>"]
+    model = ["<|turn>", "assistant", "\n", "<|tool_response>", "r", "<tool_response|>", "A"]
+    assert roles(system) == [*["system"] * 5, *["tool"] * 3, "system"]
+    assert roles(model) == [*["model"] * 3, *["tool"] * 3, "model"]
+    assert roles(["<|turn>", "robot", "\n", "x"]) == [None] * 4
 
 
 def test_a_reply_is_taken_apart():

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image as Pil
 
 from g4lens.errors import InputError
@@ -42,6 +43,15 @@ def test_boxes_tile_the_original():
     assert boxes[0][:2] == (0, 0) and boxes[-1][2:] == pytest.approx((90, 60))
     assert boxes[1][0] == pytest.approx(90 / columns)
     assert sum((r - x) * (b - y) for x, y, r, b in boxes) == pytest.approx(90 * 60)
+
+
+def test_a_palette_with_several_transparent_colours():
+    """The usual output of PNG optimisers: taken without a warning."""
+    file = io.BytesIO()
+    picture = Pil.fromarray(noise()).quantize(4)
+    picture.save(file, "PNG", transparency=bytes([0, 255, 128, 255]))
+    found = patches(Image(file.getvalue()), SETTINGS)
+    assert found.pixels.equal(patches(Image(picture.convert("RGB")), SETTINGS).pixels)
 
 
 def test_upright_and_rgb(tmp_path):
@@ -88,6 +98,10 @@ def test_any_aspect(size):
         (np.zeros((5, 5, 3), np.int32), "pixels are int32, expected uint8"),
         (np.full((5, 5, 3), 2.0), "pixels from 2.0 to 2.0, expected 0 to 1"),
         (np.full((5, 5, 3), np.nan), "pixels from nan"),
+        (torch.zeros(3, 50, 50), r"Image\(Tensor \(3, 50, 50\)\): expected \[height, width, 3\]"),
+        (torch.zeros(5, 5, 3, requires_grad=True), "not readable as an array .*requires grad"),
+        (torch.zeros(5, 5, 3).bfloat16(), "not readable as an array .*BFloat16"),
+        (torch.zeros(5, 5, 3, device="meta"), "not readable as an array .*meta"),
         (Pil.new("RGB", (0, 5)), "the picture is empty, 0 x 5"),
         (17, r"Image\(int\).*expected a path, bytes, a PIL image or an array"),
         (None, r"Image\(NoneType\).*expected a path"),
@@ -99,8 +113,16 @@ def test_what_is_no_picture(source, says):
         patches(Image(source), SETTINGS)
 
 
+def test_another_kind_of_thing_is_refused_at_once():
+    for source in (17, None, ["a.png"], bytearray(5), io.BytesIO(png(noise()))):
+        with pytest.raises(InputError, match="expected a path, bytes, a PIL image or an array"):
+            Image(source)
+
+
+# PIL warns of odd TIFF tags and reads on: the picture or the error is what counts.
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
-def test_damaged_files(tmp_path, kind):
+def test_damaged_files(tmp_path, monkeypatch, kind):
     file = io.BytesIO()
     Pil.fromarray(noise()).save(file, kind)
     whole = file.getvalue()
@@ -110,6 +132,7 @@ def test_damaged_files(tmp_path, kind):
         path.write_bytes(whole[:n])
         with pytest.raises(InputError, match=r"damaged'\): not readable as a picture"):
             patches(Image(path), SETTINGS)
+    monkeypatch.setattr(module, "MAX_PIXELS", 1_000_000)  # garbage can promise a huge picture
     rng = np.random.default_rng(0)
     for _ in range(30):  # garbage inside: whatever the decoder does, it is our error or a picture
         garbage = bytearray(whole)

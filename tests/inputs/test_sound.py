@@ -46,7 +46,11 @@ def test_channels_are_mixed_and_rates_converted():
     half = mel_frames(Audio(tone() / 2, rate=16_000), SETTINGS)
     assert found.mel.shape == half.mel.shape
     assert (found.mel[5:40] - half.mel[5:40]).abs().mean() < 0.1
-    integers = mel_frames(Audio((tone() * 32768).astype(np.int16), rate=16_000), SETTINGS)
+
+
+@pytest.mark.parametrize(("kind", "full"), [(np.int16, 2**15), (np.int32, 2**31)])
+def test_integers(kind, full):
+    integers = mel_frames(Audio((tone() * full).astype(kind), rate=16_000), SETTINGS)
     plain = mel_frames(Audio(tone(), rate=16_000), SETTINGS)
     assert (integers.mel - plain.mel)[plain.mel > -2].abs().max() < 0.05
 
@@ -93,7 +97,20 @@ def test_thirty_seconds_at_most(tmp_path, monkeypatch):
         (lambda p: Audio(p), "no such file"),
         (lambda p: Audio("x" * 5000), "no such file"),
         (lambda p: Audio(p / "samples.raw"), "samples.raw.*not readable as a sound"),
-        (lambda p: Audio(None, rate=16_000), "samples are object, expected floats"),
+        (lambda p: Audio(None), r"Audio\(NoneType, rate=None\): expected a path or an array"),
+        (lambda p: Audio(b"RIFF", rate=16_000), "expected a path or an array"),
+        (lambda p: Audio(["a"], rate=16_000), "samples are <U1, expected floats, int16 or int32"),
+        (lambda p: Audio([0, 30_000] * 999, rate=16_000), "samples are int64, expected floats"),
+        (lambda p: Audio(tone() * 32_768, rate=16_000), "reach 98.., expected floats from -1"),
+        (lambda p: Audio(p / "loud.wav"), "loud.wav.*samples reach 1e.38, expected floats from -1"),
+        (
+            lambda p: Audio(np.stack([tone(), tone()]), rate=16_000),
+            r"ndarray \(2, 8000\).*8,000 channels of 2 samples, expected \[sample, channel\]",
+        ),
+        (
+            lambda p: Audio(torch.ones(999, requires_grad=True), rate=16_000),
+            "not readable as an array .*requires grad",
+        ),
         (lambda p: Audio([[1.0], [1.0, 2.0]], rate=16_000), "not readable as an array"),
         (lambda p: Audio(np.full(400, 1e300), rate=16_000), "NaN or infinity"),
         (lambda p: Audio(np.outer(tone(), [1, -1]), rate=16_000), "the sound is silent"),
@@ -120,6 +137,7 @@ def test_what_is_no_sound(tmp_path, make, says):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
     soundfile.write(tmp_path / "odd.wav", tone(), 50)
     soundfile.write(tmp_path / "nan.wav", np.full(8000, np.nan, np.float32), 16_000, "FLOAT")
+    soundfile.write(tmp_path / "loud.wav", np.full(8000, 1e38, np.float32), 16_000, "FLOAT")
     soundfile.write(tmp_path / "silent.flac", np.zeros(8000), 16_000)
     soundfile.write(tmp_path / "short.wav", tone()[:100], 16_000)
     with pytest.raises(InputError, match=says):

@@ -1,5 +1,6 @@
 """Both kinds of tokenizer files give the same ids."""
 
+import json
 import random
 import shutil
 
@@ -20,6 +21,8 @@ TEXTS = [
     "<table> <|not a token|> <turn|",
     "",
     "The<unk>x",
+    "Zxqv\t\r\n\0\u00a0e\u0301 \ufb01 \u200d",
+    "<|image|><|audio|> <0x0A> <|<|turn>|>",
 ]
 
 
@@ -56,6 +59,16 @@ def test_special_tokens(both):
         )
         assert tokenizer.decode(tokenizer.encode("<bos>a<eos>"), skip_special=True) == "a"
         assert tokenizer.n_vocab == both[0].n_vocab
+
+
+def test_marks_that_the_file_does_not_call_special(tmp_path):
+    described = json.loads((TINY / "tokenizer.json").read_text())
+    for token in described["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert {"<|turn>", "<turn|>", '<|"|>'} <= set(tokenizer.special)
+    assert tokenizer.split("a<turn|>b") == ["a", "<turn|>", "b"]
 
 
 def test_tokens_by_text(both):

@@ -10,7 +10,17 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImagePr
 
 from g4lens.inputs.image import BUDGETS, Image, ImageSettings, patches, target_size
 
-SIZES = [(384, 384), (100, 37), (500, 333), (2000, 30), (17, 900), (48, 48), (1, 1), (1, 3000)]
+SIZES = [
+    (384, 384),
+    (100, 37),
+    (500, 333),
+    (2000, 30),
+    (17, 900),
+    (48, 48),
+    (640, 480),
+    (1, 1),
+    (1, 3000),
+]
 THEIRS = {budget: Gemma4ImageProcessorPil(max_soft_tokens=budget) for budget in BUDGETS}
 
 
@@ -54,6 +64,15 @@ def test_target_sizes(budget):
 def test_modes(mode):
     picture = Pil.fromarray(noise((70, 90))).convert("L" if mode in "IF" else "RGB").convert(mode)
     compare(picture, picture, 70)
+
+
+def test_sixteen_bits(tmp_path):
+    """A PIL image and a file: PIL cuts what lies beyond 255 to white."""
+    grey = np.random.default_rng(0).integers(0, 600, (90, 70)).astype(np.uint16)
+    picture, path = Pil.fromarray(grey), tmp_path / "grey.png"
+    picture.save(path)
+    compare(picture, picture, 70)
+    compare(path, str(path), 70)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa"])
