@@ -73,9 +73,15 @@ def resolve(
     Raises:
         InputError, HubError: as `load`.
     """
+    try:
+        is_folder = name != "" and Path(name).is_dir()
+    except (TypeError, OSError) as error:  # no path at all, or too long for one
+        raise InputError(
+            f'name is {name!r}, expected "tiny", a folder or a name on the hub ({error})'
+        ) from None
     if str(name) in BUNDLED:
         folder, name = bundled("data", str(name)), str(name)
-    elif str(name) and Path(name).is_dir():
+    elif is_folder:
         folder = Path(name).absolute()
         name = str(folder)
     elif isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
@@ -146,7 +152,7 @@ def _device(device: torch.device | str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.empty(1, device=found).item()  # also no meta device: it holds no values
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"device {str(device)!r} cannot be used here: {reason}") from None

@@ -14,6 +14,7 @@ from torch import Tensor
 from g4lens.cache import ActivationCache
 from g4lens.errors import InputError
 from g4lens.inputs.prompt import Prompt, Token
+from g4lens.state import Positions, absolute
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +34,7 @@ def pattern(
     layer: int,
     head: int,
     prompt: Prompt | None = None,
+    queries: Positions | None = None,
     row: int = 0,
     ax: "Axes | None" = None,
 ) -> "Axes":
@@ -46,11 +48,12 @@ def pattern(
         layer: which block.
         head: which of its heads.
         prompt: names the positions; without one they are numbered.
+        queries: which rows to draw, as `cache.pattern` takes them; all by default.
         row: which prompt of the batch.
         ax: where to draw; by default a new figure.
 
     Raises:
-        CacheError: what the pattern needs was not cached. InputError: no such layer or head.
+        CacheError: what the pattern needs was not cached. InputError: no such layer, head or row.
     """
     cfg = cache.cfg
     if not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
@@ -59,9 +62,14 @@ def pattern(
             f"{cfg.n_heads - 1}"
         )
     ax = _axes(ax, (6, 5))
-    weights = cache.pattern(layer, heads=[head])[row, 0].float().cpu()
-    queries = cache.positions(f"blocks.{layer}.attn.hook_rot_q")[row].tolist()
-    keys = cache.positions(f"blocks.{layer}.attn.hook_rot_k")[row].tolist()
+    weights = cache.pattern(layer, heads=[head], queries=queries)[row, 0].float().cpu()
+    held = cache.positions(f"blocks.{layer}.attn.hook_rot_q")
+    if queries is not None:
+        held = absolute(queries, cache.lengths)
+    shown, keys = (
+        held[row].tolist(),
+        cache.positions(f"blocks.{layer}.attn.hook_rot_k")[row].tolist(),
+    )
     ax.imshow(
         weights.sqrt().numpy(), cmap="magma", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
     )
@@ -72,8 +80,9 @@ def pattern(
     ax.set_xlabel("key")
     ax.set_ylabel("query")
     if prompt is not None:
-        for held, axis, turn in ((keys, ax.xaxis, 90), (queries, ax.yaxis, 0)):
-            ticks = _labels([prompt.tokens[p] if 0 <= p < len(prompt) else None for p in held])
+        for positions, axis, turn in ((keys, ax.xaxis, 90), (shown, ax.yaxis, 0)):
+            tokens = [prompt.tokens[p] if 0 <= p < len(prompt) else None for p in positions]
+            ticks = _legible(_labels(tokens), gap=len(tokens) / 40)
             axis.set_ticks(
                 [at for at, _ in ticks], [text for _, text in ticks], rotation=turn, fontsize=7
             )
@@ -202,6 +211,15 @@ def _labels(tokens: Sequence[Token | None]) -> list[tuple[float, str]]:
             named = f"[{token.modality} {token.item}]" if len(members) > 1 else token.text
             labels.append(((first + last) / 2, named.replace("\n", "\\n").replace("$", r"\$")))
     return labels
+
+
+def _legible(labels: list[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
+    """Labels that stand at least so far apart; those of pictures and sounds first."""
+    kept: list[tuple[float, str]] = []
+    for label in sorted(labels, key=lambda label: not label[1].startswith("[")):
+        if all(abs(label[0] - other[0]) >= gap for other in kept):
+            kept.append(label)
+    return sorted(kept)
 
 
 def _part(label: str) -> tuple[str, int]:

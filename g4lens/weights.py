@@ -27,7 +27,7 @@ DTYPES = {
     "F16": torch.float16,
     "F64": torch.float64,
 }
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 # ---- the names: ours on the left, those of transformers' models/gemma4 on the right
@@ -191,7 +191,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        placed = self._index() if (folder / INDEX).is_file() else None
+        single = folder / SINGLE  # read in preference to shards, as by transformers
+        placed = self._index() if (folder / INDEX).is_file() and not single.is_file() else None
         self.files = [self._single()] if placed is None else sorted(set(placed.values()))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
@@ -204,7 +205,7 @@ class Checkpoint:
             )
 
     def _single(self) -> Path:
-        path = self.folder / "model.safetensors"
+        path = self.folder / SINGLE
         if path.is_file():
             return path
         pickles = sorted(found.name for kind in PICKLES for found in self.folder.glob(kind))
@@ -213,7 +214,7 @@ class Checkpoint:
             if pickles
             else ""
         )
-        raise WeightsError(f"{self.folder}: no model.safetensors and no {INDEX}{also}")
+        raise WeightsError(f"{self.folder}: no {SINGLE} and no {INDEX}{also}")
 
     def _index(self) -> dict[str, Path]:
         """The shard that each tensor is in."""
@@ -225,7 +226,7 @@ class Checkpoint:
         shards = {str(shard) for _, shard in entries}
         if outside := sorted(s for s in shards if Path(s).name != s or s in ("", ".", "..")):
             raise WeightsError(f"{path}: shards outside the folder: {listed(outside)}")
-        if absent := sorted(s for s in shards if not (self.folder / s).is_file()):
+        if absent := sorted(shards - {found.name for found in self.folder.iterdir()}):
             raise WeightsError(f"{path}: {len(absent)} shards are absent: {listed(absent)}")
         return {name: self.folder / str(shard) for name, shard in entries}
 
@@ -280,9 +281,9 @@ def save(model: Gemma4, folder: str | Path) -> None:
         for name, x in model.state_dict().items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "model.safetensors.partial"
+    partial = folder / f"{SINGLE}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / "model.safetensors")
+    partial.replace(folder / SINGLE)
 
 
 @dataclass(frozen=True)
@@ -334,7 +335,12 @@ class Source:
 def _equal(stored: Tensor, held: Tensor) -> bool:
     """Is a stored tensor, converted, the one held? Some rows at a time: a table may fill memory."""
     pieces = zip(stored.flatten().split(2**24), held.flatten().split(2**24), strict=True)
-    return all(torch.equal(a.to(b.dtype), b.cpu()) for a, b in pieces)
+    return all(torch.equal(_bytes(a.to(b.dtype)), _bytes(b.cpu())) for a, b in pieces)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """What is equal even where a NaN is."""
+    return x.contiguous().view(torch.uint8)
 
 
 def _sha256(path: Path) -> str:

@@ -1,5 +1,7 @@
 """Figures draw what the numbers say, and other people's viewers take the cache as it is."""
 
+from itertools import pairwise
+
 import matplotlib as mpl
 import pytest
 import torch
@@ -48,6 +50,19 @@ def test_pattern_draws_the_weights(cache, prompt):
     assert (
         plots.pattern(cache, 8, 0).get_title() == "block 8, head 0 (local, window 6, reads block 5)"
     )
+
+
+def test_pattern_draws_the_rows_asked_for(cache, prompt):
+    ax = plots.pattern(cache, 9, 1, prompt, queries=slice(-3, None))
+    assert ax.images[0].get_array().shape == (3, 12)
+    assert [text.get_text() for text in ax.get_yticklabels()] == [" w9", " w10", " w11"]
+
+
+def test_labels_do_not_overlap():
+    crowded = [(float(i), f"w{i}") for i in range(100)] + [(50.5, "[image 0]")]
+    kept = plots._legible(sorted(crowded), gap=2.5)
+    assert (50.5, "[image 0]") in kept and len(kept) < 41
+    assert all(b - a >= 2.5 for (a, _), (b, _) in pairwise(kept))
 
 
 def test_ple_share_by_modality(cache, prompt):

@@ -169,6 +169,7 @@ def test_shards(folder):
             "shards outside the folder: /etc/passwd",
         ),
         (lambda m: m.update({next(iter(m)): ".."}), "shards outside the folder"),
+        (lambda m: m.update({next(iter(m)): "x" * 5000}), "1 shards are absent: xxx"),
         (lambda m: m.update(ghost=next(iter(m.values()))), "1 tensors not in their shard: ghost"),
         (lambda m: m.pop(next(iter(m))), "which the index does not place there"),
     ],
@@ -185,6 +186,7 @@ def test_indices_that_lead_astray(folder, change, says):
 
 @pytest.mark.parametrize("content", ["", "[]", '{"weight_map": 3}', "{}"])
 def test_indices_that_are_none(folder, content):
+    made.as_hub(folder)
     (folder / "model.safetensors.index.json").write_text(content)
     with pytest.raises(WeightsError, match="no index of safetensors shards"):
         g4lens.load(folder, device="cpu")
@@ -211,6 +213,19 @@ def test_edited_models_have_no_source(folder):
         _ = model.source
     with pytest.raises(InputError, match="made in memory"):
         _ = g4lens.Gemma4(model.cfg).source
+
+
+def test_weights_saved_beside_shards_are_those_that_load(folder):
+    made.as_hub(folder)
+    model = g4lens.load(folder, device="cpu")
+    model.ln_final.weight.data += 1
+    save(model, folder)
+    assert torch.equal(g4lens.load(folder, device="cpu").ln_final.weight, model.ln_final.weight)
+
+
+def test_a_nan_is_no_edit(folder):
+    edit(folder, lambda t: t["model.language_model.norm.weight"].fill_(float("nan")))
+    assert g4lens.load(folder, device="cpu").source.path == folder
 
 
 def test_another_dtype_in_memory_has_no_source(folder):

@@ -247,7 +247,7 @@ def _samples(sound: Audio, rate: int) -> np.ndarray:
     return mono[: MAX_SECONDS * rate]
 
 
-def _from_array(sound: Audio, rate: float) -> tuple[np.ndarray, float, bool]:
+def _from_array(sound: Audio, rate: int | float) -> tuple[np.ndarray, int | float, bool]:
     """The first 30 s of samples as float32, their rate, and whether there were more."""
     samples = array_of(sound.source, sound)
     if samples.ndim == 2 and 0 < len(samples) < samples.shape[1]:
@@ -266,7 +266,7 @@ def _from_array(sound: Audio, rate: float) -> tuple[np.ndarray, float, bool]:
         return samples.astype(np.float32), rate, is_longer
 
 
-def _from_file(sound: Audio) -> tuple[np.ndarray, float, bool]:
+def _from_file(sound: Audio) -> tuple[np.ndarray, int | float, bool]:
     """The same of a file, of which no more is read."""
     import soundfile
 
