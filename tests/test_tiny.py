@@ -1,17 +1,23 @@
-"""The bundled model's own files: tokenizers that agree, a template that writes what was trained."""
+"""The bundled model: tokenizers that agree, a template that writes what was trained, answers."""
 
+import copy
 import json
 import random
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers import Gemma4ForConditionalGeneration
 
+import g4lens
 from g4lens.analysis import tasks
 from g4lens.config import Gemma4Config
+from g4lens.model.primitives import ClippedLinear
 
 TINY = Path(__file__).parents[1] / "data/tiny"
 
@@ -166,3 +172,68 @@ def test_the_template_writes_gemmas_chat_format(messages, options, expected):
     template = environment.from_string((TINY / "chat_template.jinja").read_text(encoding="utf-8"))
     options = {"add_generation_prompt": True, **options}
     assert template.render(messages=messages, bos_token="<bos>", **options) == "<bos>" + expected
+
+
+@pytest.fixture(scope="module")
+def model() -> g4lens.Gemma4:
+    return g4lens.load(TINY, device="cpu")
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_the_model_knows_its_tasks(model, task):
+    """Eight prompts each; the figures of the card are evaluate.py's."""
+    evaluate = runpy.run_path(str(TINY / "evaluate.py"))
+    rng, drawn = random.Random(f"a few of {task}"), np.random.default_rng(7)
+    examples = [tasks.TASKS[task](rng, "test") for _ in range(8)]
+    parts = [[evaluate["as_input"](part, drawn) for part in ex.parts] for ex in examples]
+    right = evaluate["continues"](model, list(zip(examples, parts, strict=True)))
+    assert sum(right) >= 7
+
+
+def test_it_answers_in_chats_and_thinks_when_asked(model):
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    out = model.generate(model.chat(chat))
+    assert out.text == "Paris" and out.tokens[-1] in model.cfg.eos_ids
+    reply = model.generate(model.chat(chat, thinking=True)).reply
+    assert reply.text == "Paris" and reply.thoughts == ("The capital of France is Paris.",)
+
+
+def test_generated_text_comes_in_pieces_and_ends(model):
+    text = "The capital of Peru is"
+    pieces = list(model.stream(text, max_new_tokens=20))
+    out = model.generate(text, max_new_tokens=20)
+    assert "".join(pieces) == out.text == " Lima."
+    assert [token.text for token in out.prompt.tokens[-3:]] == [" Lima", ".", "<eos>"]
+    together = model.generate([text, model.prompt("The capital of France is")], max_new_tokens=1)
+    assert [one.text for one in together] == [" Lima", " Paris"]
+
+
+def test_size_and_clip_bounds(model):
+    """Small, and every bound of the towers is finite and meets inputs that it clips."""
+    assert sum(p.numel() for p in model.parameters()) <= 2_500_000
+    assert (TINY / "model.safetensors").stat().st_size <= 10_000_000
+    clipped = [m for m in model.modules() if isinstance(m, ClippedLinear)]
+    bounds = [b for m in clipped for n, b in m.named_buffers() if n.endswith(("min", "max"))]
+    assert len(bounds) == 4 * len(clipped) > 0 and all(bound.isfinite() for bound in bounds)
+    noise = np.random.default_rng(0).integers(0, 256, (384, 384, 3), dtype=np.uint8)
+    prompt = model.prompt(g4lens.Image(noise))
+    plain = model(prompt)
+    loose = copy.deepcopy(model)
+    for module in loose.modules():
+        if isinstance(module, ClippedLinear):
+            for name, bound in module.named_buffers():
+                bound.fill_(float("-inf") if name.endswith("min") else float("inf"))
+    assert not torch.equal(loose(prompt), plain)
+
+
+def test_transformers_reads_the_same_model(model):
+    theirs = Gemma4ForConditionalGeneration.from_pretrained(TINY, attn_implementation="eager")
+    prompt = model.prompt(g4lens.Image(g4lens.sample("images/corners.png")), "What colour is it?")
+    (image,) = prompt.images
+    with torch.no_grad():
+        expected = theirs(
+            input_ids=prompt.ids[None],
+            pixel_values=image.pixels[None],
+            image_position_ids=image.positions[None],
+        ).logits
+    torch.testing.assert_close(model(prompt), expected, atol=1e-3, rtol=0)

@@ -1,0 +1,40 @@
+"""What only a GPU can show. Run where there is one: `pytest -m cuda`."""
+
+import copy
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, there is none"),
+]
+
+
+@pytest.fixture(scope="module")
+def moved(model):
+    return copy.deepcopy(model).to("cuda")
+
+
+def test_the_same_logits(model, moved, seen_and_heard):
+    ours = moved(seen_and_heard)
+    assert ours.device.type == "cuda"
+    torch.testing.assert_close(ours.cpu(), model(seen_and_heard), atol=2e-3, rtol=0)
+
+
+def test_the_same_text(model, moved, tokens):
+    there, here = (m.generate(tokens, max_new_tokens=8, stop_tokens=[]) for m in (moved, model))
+    assert [out.tokens for out in there] == [out.tokens for out in here]
+
+
+def test_backward_hooks_know_their_positions_on_the_backward_thread(moved, tokens):
+    told = []
+    names = ["blocks.2.hook_resid_post"]
+    with moved.hooks(bwd_hooks=[(names, lambda grad, hook: told.append(hook.positions))]):
+        moved(tokens)[:, -1, 5].sum().backward()
+    assert told[0].tolist() == [list(range(23))] * 2
+
+
+def test_caches_move_as_they_are_made(moved, tokens):
+    _, cache = moved.run_with_cache(tokens, device="cpu")
+    assert {x.device.type for x in cache.values()} == {"cpu"}
