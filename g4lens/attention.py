@@ -17,7 +17,7 @@ from g4lens.state import Rows
 Queries = Float[Tensor, "batch query_pos head d_head"]
 Keys = Float[Tensor, "batch key_pos kv_head d_head"]
 Scores = Float[Tensor, "batch head query_pos key_pos"]
-Mask = Bool[Tensor, "batch 1 query_pos key_pos"]
+Mask = Bool[Tensor, "#batch 1 #query_pos key_pos"]
 
 
 def visible(

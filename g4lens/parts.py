@@ -133,7 +133,7 @@ class Parts:
         return stack, labels
 
     def logit_attrs(
-        self, stack: Stack, tokens: Any, incorrect_tokens: Any = None
+        self, stack: Tensor, tokens: Any, incorrect_tokens: Any = None
     ) -> Float[Tensor, "part batch pos"]:
         """What each part of the final residual stream adds to a token's logit, before the soft cap.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from g4lens.errors import InputError
 
-Positions = int | slice | Sequence[int] | Int[Tensor, "batch read"]
+Positions = int | slice | Sequence[int] | Tensor  # a tensor: [read], or [batch, read]
 KeyOrValue = Float[Tensor, "batch key_pos kv_head d_head"]
 
 
@@ -166,8 +166,8 @@ class State:
 
 
 def take_rows(
-    x: Float[Tensor, "batch pos *rest"], index: Int[Tensor, "batch read"], dim: int = 1
-) -> Float[Tensor, "batch read *rest"]:
+    x: Float[Tensor, "batch ..."], index: Int[Tensor, "batch read"], dim: int = 1
+) -> Float[Tensor, "batch ..."]:
     """The rows of `x` along `dim` at these indices, for each prompt its own."""
     shape = [1] * x.ndim
     shape[0], shape[dim] = index.shape
@@ -201,7 +201,7 @@ def absolute(positions: Positions, lengths: Int[Tensor, "batch"]) -> Int[Tensor,
             raise InputError(f"positions for {len(rows)} prompts, but there are {len(counts)}")
     else:
         flat = positions.tolist() if isinstance(positions, Tensor) else positions
-        one = [flat] if isinstance(flat, int) else list(flat)
+        one = list(flat) if isinstance(flat, Sequence) else [flat]
         rows = [one for _ in counts]
     for row, n in zip(rows, counts, strict=True):
         for p in row:

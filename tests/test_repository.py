@@ -110,3 +110,11 @@ def test_the_unpacked_wheel_finds_its_own_files(wheel, tmp_path):
 def test_the_makefile_has_what_the_readme_names(target):
     assert re.search(rf"^{target}:", text("Makefile"), re.MULTILINE)
     assert f"make {target}" in text("README.md") + text("CONTRIBUTING.md")
+
+
+def test_the_readme_prints_what_it_says():
+    code = "".join(re.findall(r"```python\n(.*?)```", text("README.md"), re.DOTALL))
+    said = re.findall(r"print\(.*\)  # (.*)", code)
+    printed = run_python(code, cwd=ROOT).splitlines()
+    assert len(said) == len(printed) == 3
+    assert all(claim.startswith(line.strip()) for claim, line in zip(said, printed, strict=True))

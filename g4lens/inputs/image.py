@@ -24,6 +24,8 @@ from torch import Tensor
 
 from g4lens.errors import InputError
 
+# Those that PIL decodes by itself: an EPS picture would start a PostScript interpreter.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 BUDGETS = (70, 140, 280, 560, 1120)
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB: where PIL too takes a picture for a decompression bomb
 
@@ -277,7 +279,7 @@ def _decoded(image: Image) -> Any:
             if isinstance(source, PIL.Image.Image):
                 return _on_white(source)
             stream = io.BytesIO(source) if isinstance(source, bytes) else source
-            with PIL.Image.open(stream) as file:
+            with PIL.Image.open(stream, formats=FORMATS) as file:
                 _check_size(image, file.size)
                 PIL.ImageOps.exif_transpose(file, in_place=True)
                 return file.convert("RGB")

@@ -91,7 +91,7 @@ class MLP(nn.Module):
         return self.hook_out(self.down_proj(post))
 
 
-Angles = Float[Tensor, "batch pos 1 half"]
+Angles = Float[Tensor, "#batch pos 1 half"]
 
 
 def rotary_angles(

@@ -184,7 +184,9 @@ class Block(nn.Module):
         self.hook_ple_out = HookPoint(RESID)
         self.hook_resid_post = HookPoint(RESID)
 
-    def forward(self, resid: Resid, run: "Run", kv: KeyValues, read: Read | None) -> Resid:
+    def forward(
+        self, resid: Resid, run: "Run", kv: KeyValues, read: Read | None
+    ) -> Float[Tensor, "batch row d_model"]:
         """Run the block; with `read`, go on after the keys and values with those rows only."""
         resid_pre = self.hook_resid_pre(resid)
         normalized = self.ln1(resid_pre)
@@ -298,9 +300,11 @@ class TextModel(HookedModule):
 
     def unembed(self, resid: Resid) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of the final residual stream, after the soft cap."""
-        logits = self.hook_logits_pre_cap(F.linear(self.ln_final(resid), self.embed.tokens.weight))
-        cap = self.cfg.final_softcap
-        return self.hook_logits(cap * torch.tanh(logits / cap))
+        cap, weight = self.cfg.final_softcap, self.embed.tokens.weight
+        # unnamed, so that no more than two tensors of the vocabulary's width are held at a time
+        return self.hook_logits(
+            cap * torch.tanh(self.hook_logits_pre_cap(F.linear(self.ln_final(resid), weight)) / cap)
+        )
 
     def hint(self, name: str) -> str:
         """As `HookedModule.hint`; a reader's missing keys are explained."""

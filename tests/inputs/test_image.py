@@ -212,3 +212,9 @@ def test_what_is_no_settings_file(tmp_path, text, says):
     (tmp_path / "processor_config.json").write_text(text)
     with pytest.raises(InputError, match=says):
         ImageSettings.from_json(tmp_path)
+
+
+def test_no_picture_starts_another_program():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(InputError, match="not readable as a picture"):
+        patches(Image(eps), SETTINGS)
