@@ -155,6 +155,22 @@ class State:
     rows: Rows
     lengths: Int[Tensor, "batch"]
 
+    @classmethod
+    def joined(cls, pieces: Sequence["State"], first: int | None) -> "State":
+        """The states that the chunks of a prompt end in, as one.
+
+        Args:
+            pieces: in order; the last one's keys and values are those of all.
+            first: the first position, where the rows are known to follow each other.
+        """
+        positions = torch.cat([piece.rows.positions for piece in pieces], dim=1)
+        return replace(
+            pieces[-1],
+            resid=torch.cat([piece.resid for piece in pieces], dim=1),
+            ple=torch.cat([piece.ple for piece in pieces], dim=1),
+            rows=Rows(positions, first),
+        )
+
     def take(self, index: Int[Tensor, "batch read"]) -> "State":
         """The same with only the rows at these indices; keys and values are untouched."""
         return replace(

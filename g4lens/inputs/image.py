@@ -25,7 +25,7 @@ from torch import Tensor
 from g4lens.errors import InputError
 
 # Those that PIL decodes by itself: an EPS picture would start a PostScript interpreter.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 BUDGETS = (70, 140, 280, 560, 1120)
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB: where PIL too takes a picture for a decompression bomb
 

@@ -159,7 +159,7 @@ class Gemma4(TextModel, Watched):
             )
             pieces.append(self.run(entering, stop, read))
             kv = pieces[-1].kv
-        whole = _joined(pieces, rows.first if index is None else None)
+        whole = State.joined(pieces, rows.first if index is None else None)
         if index is not None and columns is not None:
             whole = whole.take(torch.searchsorted(columns, index).to(self.device))
         at_rows(whole.rows.positions, lengths)
@@ -358,13 +358,3 @@ def _columns(soft: Soft, start: int, end: int) -> Soft:
         here = where[:, start:end]
         parts.append((here, embeddings[index[:, start:end][here]]))
     return parts
-
-
-def _joined(pieces: Sequence[State], first: int | None) -> State:
-    """The states that chunks of a prompt end in, as one."""
-    last = pieces[-1]
-    resid, ple = (
-        torch.cat(parts, dim=1) for parts in zip(*((p.resid, p.ple) for p in pieces), strict=True)
-    )
-    positions = torch.cat([piece.rows.positions for piece in pieces], dim=1)
-    return State(last.layer, resid, ple, last.kv, Rows(positions, first), last.lengths)
