@@ -106,12 +106,11 @@ class Sampler:
         scaled = logits.float().cpu() / self.temperature
         ordered, order = scaled.sort(dim=-1, descending=True)
         probs = ordered.softmax(-1)
-        drop = torch.zeros_like(probs, dtype=torch.bool)
         if self.top_k is not None:
-            drop[:, self.top_k :] = True
-        if self.top_p is not None:  # what lies beyond the smallest set that holds top_p
-            drop |= probs.masked_fill(drop, 0).cumsum(-1) - probs >= self.top_p
-        pick = torch.multinomial(probs.masked_fill(drop, 0), 1, generator=random)
+            probs = probs[:, : self.top_k] / probs[:, : self.top_k].sum(-1, keepdim=True)
+        if self.top_p is not None:  # nothing beyond the smallest set that holds top_p
+            probs = probs.masked_fill(probs.cumsum(-1) - probs >= self.top_p, 0)
+        pick = torch.multinomial(probs, 1, generator=random)
         return order.gather(1, pick)[:, 0].to(logits.device)
 
 
@@ -135,7 +134,8 @@ def generate(
         max_new_tokens: at most so many.
         temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled.
         top_k: sample from the so many likeliest only.
-        top_p: sample from the fewest tokens that together have this probability.
+        top_p: sample from the fewest tokens, of those that top_k leaves, that together have this
+            probability.
         seed: makes sampling repeatable.
         stop_tokens: ids or texts of single tokens that end it; by default the config's
             end-of-sequence ids and the tokenizer's end-of-turn token.

@@ -1,8 +1,15 @@
-"""Where the notebooks and the data are: inside the package in a wheel, beside it in a checkout."""
+"""What is at hand: the bundled notebooks and data, and this machine's memory.
 
+Notebooks and data are inside the package in a wheel, beside it in a checkout.
+"""
+
+import os
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
+
+import torch
 
 from g4lens.errors import G4LensError, InputError, did_you_mean, listed
 
@@ -38,6 +45,20 @@ def sample(name: str) -> Path:
     """
     data = _root() / "data"
     return _find(name, base=data, within=[data])
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    if device.type == "meta":
+        return 2**62
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _find(name: str, base: Path, within: list[Path]) -> Path:

@@ -79,6 +79,7 @@ def test_sampling_follows_the_distribution():
         shares(top_p=0.79), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0
     )
     assert shares(top_p=0.4).tolist() == [1, 0, 0, 0]
+    assert shares(top_k=2, top_p=0.6).tolist() == [1, 0, 0, 0], "top_p counts what top_k leaves"
     squared = torch.tensor([0.5, 0.3, 0.15, 0.05]) ** 2
     torch.testing.assert_close(shares(temperature=0.5), squared / squared.sum(), atol=0.03, rtol=0)
 

@@ -7,11 +7,8 @@
 Source: `Gemma4Model` in transformers' `models/gemma4/modeling_gemma4.py`.
 """
 
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +25,7 @@ from g4lens.inputs.prompt import Prompt
 from g4lens.model.audio import AudioTower
 from g4lens.model.text import Read, TextModel
 from g4lens.model.vision import VisionTower
+from g4lens.resources import free_memory
 from g4lens.state import KeyValues, Positions, Rows, State, absolute
 from g4lens.watch import Watched
 
@@ -334,20 +332,6 @@ class Gemma4(TextModel, Watched):
                 f"{free / 2**30:.1f} GiB are free on {self.device}: name the positions you need, "
                 "as in read=-1"
             )
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    if device.type == "meta":
-        return 2**62
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file() and (found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
-        return int(found[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _columns(soft: Soft, start: int, end: int) -> Soft:

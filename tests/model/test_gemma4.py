@@ -6,6 +6,7 @@ import torch
 import g4lens
 from g4lens.errors import InputError
 from g4lens.model import gemma4
+from g4lens.resources import free_memory
 from tests.conftest import small_config
 
 
@@ -55,7 +56,7 @@ def test_logits_that_would_not_fit(model, tokens, monkeypatch):
 
 
 def test_free_memory_is_that_of_this_machine():
-    assert 2**26 < gemma4.free_memory(torch.device("cpu")) < 2**50
+    assert 2**26 < free_memory(torch.device("cpu")) < 2**50
 
 
 def test_tokens_by_text_and_id():
