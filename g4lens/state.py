@@ -103,6 +103,9 @@ class KeyValues:
     def end(self) -> Int[Tensor, "batch"]:
         """One past the last position held, for each prompt."""
         positions = [rows.positions.amax(1) for rows in self.rows.values()]
+        known = [rows.end for rows in self.rows.values() if rows.end is not None]
+        if len(known) == len(positions):  # then there is nothing to wait for
+            return torch.full((len(positions[0]),), max(known))
         return torch.stack(positions).amax(0).cpu() + 1
 
     def write(self, layer: int, k: KeyOrValue, v: KeyOrValue, rows: Rows, window: int) -> None:

@@ -1,6 +1,7 @@
 """What only a GPU can show. Run where there is one: `pytest -m cuda`."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -43,17 +44,36 @@ def test_caches_move_as_they_are_made(moved, tokens):
     assert {x.device.type for x in cache.values()} == {"cpu"}
 
 
+@contextmanager
+def no_waiting():
+    """In the block, to read from the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_nothing_in_a_pass_waits_for_the_device(moved, tokens):
     batch = g4lens.inputs.batch.prepare(tokens, None, moved.cfg)
     rows = g4lens.state.Rows(batch.positions.to("cuda"), 0)
     ids, lengths = batch.tokens.to("cuda"), batch.lengths
     moved(tokens)  # the libraries are there
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         logits = moved.unembed(moved.run(moved.begin(ids, rows, lengths)).resid)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(logits, moved(tokens))
+
+
+def test_nor_in_a_tower(moved, seen_and_heard):
+    batch = g4lens.inputs.batch.prepare(seen_and_heard, None, moved.cfg)
+    moved(seen_and_heard)
+    for tower, inputs in (
+        (moved.vision, (batch.pixels, batch.patch_positions)),
+        (moved.audio, (batch.mel, batch.mel_mask)),
+    ):
+        there = [x if x is None else x.to("cuda") for x in (*inputs, tower.packing(inputs[-1]))]
+        with no_waiting():
+            tower(*there)
 
 
 @pytest.mark.parametrize("options", [{"chunk": 7}, {"chunk": 7, "read": -1}])

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import g4lens
 from g4lens.errors import InputError
 from g4lens.inputs.batch import prepare
-from g4lens.state import KeyValues, Rows
+from g4lens.state import Rows
 
 READ_BACK = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_unique2", "masked_select")
 
@@ -68,40 +68,25 @@ def test_nor_in_hooks_that_do_not_ask(model, tokens):
         model.unembed(model.run(model.begin(ids, rows, lengths)).resid)
 
 
-class Counted(TorchDispatchMode):
-    """What was read back."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1]):
-            name = "nonzero"
-        self.names += [name] if name in READ_BACK else []
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_tower_reads_back_no_more_than_how_many_soft_tokens_it_packs(model, seen_and_heard):
+def test_nor_in_a_tower(model, seen_and_heard):
     batch = prepare(seen_and_heard, None, model.cfg)
-    padded = bool((batch.patch_positions < 0).any())
     for tower, inputs in (
-        (model.vision, (batch.pixels, batch.patch_positions, padded)),
+        (model.vision, (batch.pixels, batch.patch_positions)),
         (model.audio, (batch.mel, batch.mel_mask)),
     ):
-        with Counted() as seen:
-            tower(*inputs)
-        assert seen.names == ["nonzero"]
+        packing = tower.packing(inputs[-1])
+        with NoReading():
+            tower(*inputs, packing)
 
 
-def test_a_whole_call_on_the_meta_device(cfg, tokens):
+def test_a_whole_call_on_the_meta_device(cfg, tokens, seen_and_heard):
     with torch.device("meta"):
         model = g4lens.Gemma4(cfg)
     for options in ({}, {"read": -1}, {"read": [0, -1], "chunk": 7}, {"chunk": 5}):
-        assert model(tokens, **options).is_meta, options
-    past = KeyValues()
-    assert model(tokens, stop=3, past=past).resid.is_meta
+        for inputs in (tokens, seen_and_heard):
+            assert model(inputs, **options).is_meta, options
+    state = model(tokens, stop=3)
+    assert model(tokens, past=state.kv).is_meta
 
 
 def test_ids_are_checked_when_they_are_prepared(cfg):

@@ -18,7 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from g4lens.config import AudioConfig
@@ -27,6 +27,7 @@ from g4lens.model.primitives import RMSNorm, linear, widened
 
 Frames = Float[Tensor, "sound pos d_model"]
 Mask = Bool[Tensor, "sound 1 chunk query_pos key_pos"]
+Packing = Int[Tensor, "soft_token"]
 
 RESID = "batch pos d_model"
 HEADS = "batch pos head d_head"
@@ -218,14 +219,25 @@ class AudioTower(nn.Module):
         self.hook_out = HookPoint(RESID)
         self.hook_audio_tokens = HookPoint("soft_token d_model")
 
+    def packing(self, mask: Bool[Tensor, "sound frame"]) -> Packing:
+        """Which positions of all sounds are soft tokens: one for four frames that are sound.
+
+        Looks at numbers, so it is asked on the CPU: a pass must not wait for the device.
+        """
+        return mask[:, ::2][:, ::2].flatten().nonzero()[:, 0]
+
     def forward(
-        self, mel: Float[Tensor, "sound frame mel"], mask: Bool[Tensor, "sound frame"]
+        self,
+        mel: Float[Tensor, "sound frame mel"],
+        mask: Bool[Tensor, "sound frame"],
+        packing: Packing,
     ) -> Float[Tensor, "soft_token d_out"]:
         """Soft tokens of all sounds, packed one after the other.
 
         Args:
             mel: log-mel features.
             mask: the frames that are sound, not padding.
+            packing: of this mask.
         """
         resid, valid = self.subsample(mel, mask)
         index = torch.arange(resid.shape[1], device=resid.device)
@@ -234,7 +246,7 @@ class AudioTower(nn.Module):
         resid, sees = self.hook_embed(resid), self._mask(valid)
         for block in self.blocks:
             resid = block(resid, sees)
-        tokens = self.hook_out(self.out_proj(resid))[valid]
+        tokens = self.hook_out(self.out_proj(resid)).flatten(0, 1)[packing]
         return self.hook_audio_tokens(self.project(self.ln_final(tokens)))
 
     def _mask(self, valid: Bool[Tensor, "sound pos"]) -> Mask:

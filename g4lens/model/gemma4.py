@@ -23,14 +23,13 @@ from g4lens.inputs.batch import Batch, prepare
 from g4lens.inputs.processor import Processor
 from g4lens.inputs.prompt import Prompt
 from g4lens.model.audio import AudioTower
-from g4lens.model.text import Read, TextModel
+from g4lens.model.text import Read, Soft, TextModel
 from g4lens.model.vision import VisionTower
 from g4lens.resources import free_memory
 from g4lens.state import KeyValues, Positions, Rows, State, absolute
 from g4lens.watch import Watched
 
 Inputs = str | Tensor | Prompt | Batch | Mapping[str, Any] | Sequence[Any]
-Soft = Sequence[tuple[Tensor, Tensor]]
 
 
 class Gemma4(TextModel, Watched):
@@ -180,22 +179,25 @@ class Gemma4(TextModel, Watched):
         return Rows(positions.to(self.device), first), lengths
 
     def _soft_tokens(self, batch: Batch) -> Soft:
-        """Where soft tokens stand, and what the towers make of the pictures and sounds."""
+        """Where soft tokens stand, on the CPU, and what the towers make of pictures and sounds."""
         soft: list[tuple[Tensor, Tensor]] = []
         if (
             self.vision is not None
             and batch.pixels is not None
             and batch.patch_positions is not None
         ):
-            where = batch.tokens == self.cfg.image_id
-            is_padded = bool((batch.patch_positions < 0).any())
-            pixels, positions = batch.pixels.to(self.device), batch.patch_positions.to(self.device)
-            soft.append((where.to(self.device), self.vision(pixels, positions, is_padded)))
+            packing = self.vision.packing(batch.patch_positions)
+            told = self._here(batch.pixels, batch.patch_positions, packing)
+            soft.append(((batch.tokens == self.cfg.image_id).nonzero(), self.vision(*told)))
         if self.audio is not None and batch.mel is not None and batch.mel_mask is not None:
-            where = batch.tokens == self.cfg.audio_id
-            mel, mask = batch.mel.to(self.device), batch.mel_mask.to(self.device)
-            soft.append((where.to(self.device), self.audio(mel, mask)))
+            packing = self.audio.packing(batch.mel_mask)
+            told = self._here(batch.mel, batch.mel_mask, packing)
+            soft.append(((batch.tokens == self.cfg.audio_id).nonzero(), self.audio(*told)))
         return soft
+
+    def _here(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """The same on the model's device."""
+        return [None if x is None else x.to(self.device) for x in tensors]
 
     def begin(
         self,
@@ -342,7 +344,7 @@ def _columns(soft: Soft, start: int, end: int) -> Soft:
     """The soft tokens that stand in some columns of the batch."""
     parts = []
     for where, embeddings in soft:
-        index = where.flatten().cumsum(0).view_as(where) - 1
-        here = where[:, start:end]
-        parts.append((here, embeddings[index[:, start:end][here]]))
+        (here,) = ((where[:, 1] >= start) & (where[:, 1] < end)).nonzero(as_tuple=True)
+        shifted = where[here] - torch.tensor([0, start])
+        parts.append((shifted, embeddings[here.to(embeddings.device)]))
     return parts

@@ -38,6 +38,7 @@ KeysValues = tuple[
     Float[Tensor, "batch key_pos kv_head d_head"], Float[Tensor, "batch key_pos kv_head d_head"]
 ]
 Read = Int[Tensor, "batch read"]
+Soft = Sequence[tuple[Int[Tensor, "_ 2"], Float[Tensor, "_ d_model"]]]
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 RESID = "batch pos d_model"
@@ -267,7 +268,7 @@ class TextModel(HookedModule):
         tokens: Int[Tensor, "batch pos"],
         rows: Rows,
         lengths: Int[Tensor, "batch"],
-        soft: Sequence[tuple[Tensor, Tensor]] = (),
+        soft: Soft = (),
         past: KeyValues | None = None,
     ) -> State:
         """The state that enters block 0.
@@ -276,15 +277,16 @@ class TextModel(HookedModule):
             tokens: ids, on any device, with the pad id where soft tokens stand.
             rows: the positions of the tokens.
             lengths: the number of tokens of each prompt.
-            soft: which tokens are soft `[batch, pos]`, and the embeddings `[soft_token, d_model]`
-                to put there, in order.
+            soft: the prompt and the column of each soft token `[soft_token, 2]`, on the CPU, and
+                the embedding to put there `[soft_token, d_model]`; for each tower.
             past: keys and values of earlier positions.
         """
         at_rows(rows.positions, lengths)
         token_half = self.embed.token_half(tokens)  # first: a host table waits for the ids
         resid = self.embed.stream(tokens)
         for where, embeddings in soft:
-            resid = resid.masked_scatter(where[..., None], embeddings.to(resid.dtype))
+            index = where.to(resid.device).unbind(-1)
+            resid = resid.index_put(index, embeddings.to(resid.dtype))
         resid = self.hook_embed(resid)
         token_half = self.hook_ple_token(token_half)
         ple = self.hook_ple(token_half + self.hook_ple_context(self.embed.context_half(resid)))

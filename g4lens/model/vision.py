@@ -24,6 +24,7 @@ from g4lens.model.primitives import MLP, RMSNorm, linear, rotary_angles, rotate,
 
 Patches = Float[Tensor, "image pos d_model"]
 PatchPositions = Int[Tensor, "image pos 2"]
+Packing = Int[Tensor, "soft_token"]
 Mask = Bool[Tensor, "image 1 1 key_pos"]
 Angles = tuple[Tensor, Tensor]
 
@@ -114,21 +115,37 @@ class VisionTower(nn.Module):
         self.hook_pooled = HookPoint("batch soft_token d_model")
         self.hook_image_tokens = HookPoint("soft_token d_model")
 
+    def packing(self, positions: PatchPositions) -> Packing | None:
+        """Which squares of all pictures are soft tokens; None: every one, for no patch is padding.
+
+        Looks at numbers, so it is asked on the CPU: a pass must not wait for the device.
+        """
+        valid = positions[..., 0] >= 0
+        if valid.all():
+            return None
+        size = self.cfg.pooling**2
+        n_tokens = valid.sum(1, keepdim=True) // size
+        is_token = torch.arange(positions.shape[1] // size) < n_tokens
+        return is_token.flatten().nonzero()[:, 0]
+
     def forward(
-        self, pixels: Float[Tensor, "image pos d_patch"], positions: PatchPositions, is_padded: bool
+        self,
+        pixels: Float[Tensor, "image pos d_patch"],
+        positions: PatchPositions,
+        packing: Packing | None,
     ) -> Float[Tensor, "soft_token d_out"]:
         """Soft tokens of all pictures, packed one after the other.
 
         Args:
             pixels: flattened patches (row, column, channel), 0 to 1.
             positions: column and row of each patch, -1 at padding.
-            is_padded: whether any patch is padding.
+            packing: of these positions.
         """
         valid = positions[..., 0] >= 0
         index = torch.arange(positions.shape[1], device=positions.device)
         at_rows(torch.where(valid, index, -1), None)
         at_keys(torch.where(valid, index, -1))
-        mask = valid[:, None, None, :] if is_padded else None
+        mask = None if packing is None else valid[:, None, None, :]
         column, row = (
             rotary_angles(positions[..., axis], self.cfg.d_head // 2, self.cfg.rope_base)
             for axis in (0, 1)
@@ -136,8 +153,8 @@ class VisionTower(nn.Module):
         resid = self.hook_embed(self._embed(pixels, positions, valid))
         for block in self.blocks:
             resid = block(resid, (column, row), mask)
-        pooled, is_token = self._pool(resid, positions, valid)
-        tokens = self.hook_pooled(pooled)[is_token].to(resid.dtype)
+        tokens = self.hook_pooled(self._pool(resid, positions, valid)).flatten(0, 1)
+        tokens = (tokens if packing is None else tokens[packing]).to(resid.dtype)
         return self.hook_image_tokens(self.project(self.ln_final(tokens)))
 
     def _embed(self, pixels: Tensor, positions: PatchPositions, valid: Tensor) -> Patches:
@@ -147,8 +164,8 @@ class VisionTower(nn.Module):
 
     def _pool(
         self, resid: Patches, positions: PatchPositions, valid: Tensor
-    ) -> tuple[Float[Tensor, "image soft_token d_model"], Bool[Tensor, "image soft_token"]]:
-        """Mean over squares of patches, times sqrt(d_model), in float32; and which exist."""
+    ) -> Float[Tensor, "image soft_token d_model"]:
+        """Mean over squares of patches, times sqrt(d_model), in float32."""
         side = self.cfg.pooling
         n_tokens = positions.shape[1] // side**2
         x, y = (positions // side).unbind(-1)
@@ -156,10 +173,7 @@ class VisionTower(nn.Module):
         square = torch.where(valid, y * columns + x, n_tokens)  # padding: one square too many
         sums = widened(resid).new_zeros(len(resid), n_tokens + 1, resid.shape[-1])
         sums = sums.scatter_add(1, square[..., None].expand_as(resid), widened(resid))[:, :n_tokens]
-        is_token = (
-            torch.arange(n_tokens, device=resid.device) < valid.sum(1, keepdim=True) // side**2
-        )
-        return sums * (self.cfg.d_model**0.5 / side**2), is_token
+        return sums * (self.cfg.d_model**0.5 / side**2)
 
 
 def _rotate_2d(x: Float[Tensor, "image pos head d_head"], angles: tuple[Angles, Angles]) -> Tensor:

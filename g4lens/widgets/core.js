@@ -130,11 +130,22 @@ function mount({ model, el }, build) {
   el.append(outer);
 
   const show = (element, text) => { element.textContent = text ?? ""; element.hidden = !text; };
-  const fail = (problem) => { if (!problem.shown) show(error, problem.message); problem.shown = true; };
+  let blamed = null; // the channel, or kind, of the request whose error is shown
+  const fail = (problem, asked = null) => {
+    if (!problem.shown) {
+      show(error, problem.message);
+      blamed = asked;
+    }
+    problem.shown = true;
+  };
   const requests = new Requests(model, (text) => show(silence, text));
   // Runs a handler; what it throws, now or later, is shown.
   const safely = (fn) => (...args) => {
-    try { return Promise.resolve(fn(...args)).catch(fail); } catch (problem) { fail(problem); }
+    try {
+      return Promise.resolve(fn(...args)).catch((problem) => fail(problem));
+    } catch (problem) {
+      fail(problem);
+    }
   };
   const listen = (target, event, fn, options = {}) =>
     target.addEventListener(event, safely(fn), { ...options, signal: controller.signal });
@@ -142,15 +153,17 @@ function mount({ model, el }, build) {
   const ui = {
     first, root: body, listen, node, palette, rgb, value,
     isFile: Boolean(model.get("is_file")),
+    // An error goes when the same is asked again, not when something else is.
     ask(kind, fields, options) {
-      show(error, null);
+      const asked = options?.channel ?? kind;
+      if (blamed === null || blamed === asked) show(error, null);
       const answer = requests.ask(kind, fields, options);
-      answer.catch(fail);
+      answer.catch((problem) => fail(problem, asked));
       return answer;
     },
     cancel: (channel) => requests.cancel(channel),
     say: (text) => { status.textContent = text; },
-    fail: (text) => show(error, text),
+    fail: (text) => fail({ message: text }),
     onCleanup: (fn) => cleanups.push(fn),
     // Is there an answer? In a file only for what was exported; a kernel may be asked anything.
     holds: (kind, fields) => model.holds?.(kind, fields) ?? true,

@@ -298,7 +298,6 @@ def test_going_back_while_an_answer_is_on_its_way(show, logic):
 
 def test_an_error_is_shown_and_goes_with_the_next_answer(show, logic, monkeypatch):
     view = painted(show(logic))
-    view.page.wait_for_timeout(1500)  # a later request of the first paint would hide the error
     monkeypatch.setattr(logic, "rows", refuse)
     view.root.focus()
     press(view, "ArrowDown")

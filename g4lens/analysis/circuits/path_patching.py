@@ -23,10 +23,10 @@ from g4lens.analysis.circuits.path_runs import PathRuns, first_block
 from g4lens.analysis.circuits.senders import aligned_groups
 from g4lens.analysis.engine import BUDGET
 from g4lens.analysis.groups import Group
-from g4lens.analysis.metrics import as_metric, logit_diff
+from g4lens.analysis.metrics import Metric, as_metric, logit_diff
 from g4lens.analysis.pairs import Pair, Pairs, as_pairs
 from g4lens.analysis.patching import SIDES_OF, Direction
-from g4lens.analysis.result import OTHER_RUN, Result, axis
+from g4lens.analysis.result import OTHER_RUN, Axis, Result, axis
 from g4lens.analysis.runs import gathered, measure
 from g4lens.cost import Cost
 from g4lens.errors import InputError
@@ -82,39 +82,24 @@ def path_patching(
     Raises: InputError: no such node, port or direction; pairs that differ in length; hooks hung on
         the model.
     """
-    began, cfg, metric = time.perf_counter(), model.cfg, as_metric(metric)
+    began, metric = time.perf_counter(), as_metric(metric)
     if readers not in ("one", "all"):
         raise InputError(f"readers is {readers!r}, expected 'one' or 'all'")
     groups = aligned_groups(model, pairs, metric, direction)
-    graph = Graph(cfg)
-    asked = graph.senders if senders is None else senders
-    rows = torch.tensor([graph.row(node) for node in asked])
-    chosen: Sequence[Receiver] = graph.ports if receivers is None else receivers
-    columns = [_columns(graph, receiver, readers) for receiver in chosen]
-    live = torch.stack([graph.allowed[rows][:, ports].any(1) for ports in columns], 1)
+    edges = _Edges(Graph(model.cfg), senders, receivers, readers)
     base, target = (
         gathered(groups, lambda group, side=side: measure(model, group, side, metric))
         for side in SIDES_OF[direction]
     )
     from tqdm.auto import tqdm
 
-    total = int(live.sum()) * len(as_pairs(pairs))
+    total = int(edges.live.sum()) * len(as_pairs(pairs))
     with tqdm(total=total, unit="edge", leave=False, delay=1.0, disable=not progress) as bar:
 
         def cells(group: Group) -> Float[Tensor, "pairs sender receiver"]:
-            most = max(1, budget // (2 * run_bytes(graph, group)))
-            tables = []
-            for part in group.split(most):
-                runs = PathRuns(model, part, metric, direction)
-                unpatched = measure(model, part, SIDES_OF[direction][0], metric)
-                table = unpatched[:, None, None].repeat(1, *live.shape)
-                for i, ports in enumerate(columns):
-                    (which,) = live[:, i].nonzero(as_tuple=True)
-                    for some in which.split(max(1, most // len(part))) if len(which) else ():
-                        table[:, some, i] = runs.measured(rows[some], ports)
-                        bar.update(len(some) * len(part))
-                tables.append(table)
-            return torch.cat(tables)
+            most = max(1, budget // (2 * run_bytes(edges.graph, group)))
+            parts = group.split(most)
+            return torch.cat([edges.patched(model, p, metric, direction, most, bar) for p in parts])
 
         per_pair = gathered(groups, cells)
     about = {
@@ -126,29 +111,71 @@ def path_patching(
         "readers": readers,
         "metric": metric.name,
     }
-    labels = [_label(graph, receiver) for receiver in chosen]
-    n_pairs, n = len(per_pair), cfg.n_layers
-    behind = torch.tensor([1 - first_block(graph, ports) / n for ports in columns])
-    shares = float((live.sum(0) * behind).sum())  # of the blocks, over all cells
-    cost = Cost(
-        cells=total,
-        skipped=live.numel() * n_pairs - total,
-        plain_passes=live.numel() * n_pairs,
-        passes=n_pairs * (shares + 5),
-        bytes=budget,
-        seconds=time.perf_counter() - began,
-    )
     return Result(
         per_pair=per_pair,
-        axes=(axis("sender", [str(node) for node in asked]), axis("receiver", labels)),
+        axes=edges.axes(),
         base=base,
         target=target,
         clusters=as_pairs(pairs).clusters,
         about=about,
-        cfg=cfg,
-        cost=cost,
+        cfg=model.cfg,
+        cost=edges.cost(len(per_pair), budget, time.perf_counter() - began),
         is_normalised=metric.is_normalised,
     )
+
+
+class _Edges:
+    """What is patched: the rows of the senders, the columns of each receiver, the edges there are.
+
+    Raises: InputError: no such node or port.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        senders: Sequence[Node] | None,
+        receivers: Sequence[Receiver] | None,
+        readers: Readers,
+    ):
+        self.graph = graph
+        self.senders = graph.senders if senders is None else senders
+        self.receivers = cast("Sequence[Receiver]", graph.ports if receivers is None else receivers)
+        self.rows = torch.tensor([graph.row(node) for node in self.senders])
+        self.columns = [_columns(graph, receiver, readers) for receiver in self.receivers]
+        allowed = graph.allowed[self.rows]
+        self.live = torch.stack([allowed[:, ports].any(1) for ports in self.columns], 1)
+
+    def patched(
+        self, model: Gemma4, part: Group, metric: Metric, direction: Direction, most: int, bar: Any
+    ) -> Float[Tensor, "pairs sender receiver"]:
+        """All cells of these pairs, at most `most` rows in a pass."""
+        runs = PathRuns(model, part, metric, direction)
+        unpatched = measure(model, part, SIDES_OF[direction][0], metric)
+        table = unpatched[:, None, None].repeat(1, *self.live.shape)
+        for i, ports in enumerate(self.columns):
+            (which,) = self.live[:, i].nonzero(as_tuple=True)
+            for some in which.split(max(1, most // len(part))) if len(which) else ():
+                table[:, some, i] = runs.measured(self.rows[some], ports)
+                bar.update(len(some) * len(part))
+        return table
+
+    def axes(self) -> tuple[Axis, Axis]:
+        """Their names."""
+        labels = [_label(self.graph, receiver) for receiver in self.receivers]
+        return axis("sender", [str(node) for node in self.senders]), axis("receiver", labels)
+
+    def cost(self, n_pairs: int, budget: int, seconds: float) -> Cost:
+        """What the run took."""
+        cells, n = self.live.numel() * n_pairs, self.graph.cfg.n_layers
+        behind = torch.tensor([1 - first_block(self.graph, ports) / n for ports in self.columns])
+        return Cost(
+            cells=int(self.live.sum()) * n_pairs,
+            skipped=cells - int(self.live.sum()) * n_pairs,
+            plain_passes=cells,
+            passes=n_pairs * (float((self.live.sum(0) * behind).sum()) + 5),
+            bytes=budget,
+            seconds=seconds,
+        )
 
 
 # ---- which ports
@@ -171,11 +198,11 @@ def _columns(graph: Graph, receiver: Receiver, readers: Readers) -> list[int]:
             mine = {i for i, (node, _) in enumerate(graph.ports) if node == part}
             found |= mine or {graph.column(cast("Node", part), "in")}  # which says what is wrong
         else:
-            column = graph.column(*part)
-            found |= set(graph.alike(column)) if readers == "all" else {column}
+            found.add(graph.column(*part))
     if not found:
         raise InputError("a receiver is empty, expected a node, a port or several of them")
-    return sorted(found)
+    alike = (graph.alike(column) if readers == "all" else [column] for column in found)
+    return sorted(set().union(*alike))
 
 
 def _label(graph: Graph, receiver: Receiver) -> str:

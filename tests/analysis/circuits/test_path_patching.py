@@ -166,7 +166,7 @@ def test_several_ports_at_once():
     )
     group = [graph.column(mlp, "in"), graph.column(Node("logits"), "in")]
     columns = [
-        [graph.column(head, port) for port in "qkv"],
+        [column for port in "qkv" for column in graph.alike(graph.column(head, port))],
         group + graph.alike(graph.column(Node("head", 9, 0), "k")),
         [graph.column(Node("ple", 2), port) for port in ("gate", "value")],
     ]
