@@ -138,7 +138,7 @@ def star(model, hf, rounds: int) -> None:
 def memory(model, hf, rounds: int) -> None:
     """How far memory grows, beside the budget."""
     mib = 2**20
-    for n, budget in ((96, 64), (96, 256), (512, 256), (512, 512)):
+    for n, budget in ((96, 128), (96, 256), (512, 768), (512, 1536)):
         some = pairs(n, 32 if n == 96 else 8)
 
         def call(some=some, budget=budget):

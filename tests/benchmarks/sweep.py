@@ -78,7 +78,9 @@ def plain_loop(model, one: Pair, layers, read=None) -> torch.Tensor:
             at = torch.arange(start, min(start + BATCH, n))
 
             def patch(x, hook, at=at, source=source):
-                x[torch.arange(len(at)), at] = source[at]
+                row = at - n + x.shape[1]  # from the horizon on, read=-1 computes the last alone
+                held = row >= 0
+                x[torch.arange(len(at))[held], row[held]] = source[at[held]]
 
             hooks = [(f"blocks.{layer}.hook_resid_pre", patch)]
             inputs = corrupted.expand(len(at), -1)
