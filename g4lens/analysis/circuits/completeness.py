@@ -13,12 +13,12 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from g4lens.analysis.circuits.circuit import Circuit
-from g4lens.analysis.circuits.faithfulness import SomePairs, measured
 from g4lens.analysis.circuits.graph import Edge, Node
+from g4lens.analysis.circuits.shares import Shares, SomePairs, measured
 from g4lens.analysis.engine import BUDGET
 from g4lens.analysis.metrics import logit_diff
 from g4lens.analysis.patching import Direction
-from g4lens.analysis.result import Result, axis
+from g4lens.analysis.result import axis
 from g4lens.errors import InputError
 from g4lens.model.gemma4 import Gemma4
 
@@ -35,7 +35,7 @@ def completeness(
     seed: int = 0,
     direction: Direction = "noise",
     budget: int = BUDGET,
-) -> Result:
+) -> Shares:
     """Does the model without some parts do what the circuit without them does?
 
         m(C - K) - m(M - K)    for K nothing, all of C, single parts, random halves of C
@@ -60,11 +60,12 @@ def completeness(
 
     Returns:
         A cell for each K, of which `.values` is the difference, near zero for a complete circuit,
-        and `.recovered` the same as a share of m(M) - m(empty).
+        and `.recovered` the same as a share of m(M) - m(empty). In pictures and in `summary` that
+        share is called "gap".
 
-    Raises: InputError: a circuit without parts; or as `faithfulness`.
+    Raises: InputError: a circuit without parts, fewer than no subsets; or as `faithfulness`.
     """
-    parts = _parts(circuit, model)
+    parts = _parts(circuit, model, n_subsets)
     draw = random.Random(seed)
     alone = parts if len(parts) <= n_subsets else draw.sample(parts, n_subsets)
     subsets = {"nothing": [], "everything": parts} | {str(part): [part] for part in alone}
@@ -74,7 +75,9 @@ def completeness(
     keep = [circuit.keep & ~k for k in taken] + [circuit.graph.allowed & ~k for k in taken]
     along = axis("removed", [f"{side}{name}" for side in ("", "model ") for name in subsets])
     about = {"method": "completeness", "granularity": f"{circuit.granularity}s"}
-    result = measured(model, pairs, torch.stack(keep), along, metric, direction, about, budget)
+    result = measured(
+        model, pairs, torch.stack(keep), along, metric, direction, about, budget, "gap"
+    )
     mine, models = result.per_pair.chunk(2, dim=1)
     return _difference(result, mine - models, list(subsets), "removed")
 
@@ -89,7 +92,7 @@ def minimality(
     seed: int = 0,
     direction: Direction = "noise",
     budget: int = BUDGET,
-) -> Result:
+) -> Shares:
     """What does each part of a circuit add, where it adds most?
 
         m(C - K) - m(C - K - v)    of the K that makes the mean of it largest in size
@@ -113,11 +116,12 @@ def minimality(
         budget: bytes of memory beside the model.
 
     Returns:
-        A cell for each part; `.recovered` is what it adds as a share of m(M) - m(empty).
+        A cell for each part; `.recovered` is what it adds as a share of m(M) - m(empty). In
+        pictures and in `summary` that share is called "added".
 
-    Raises: InputError: a circuit without parts; or as `faithfulness`.
+    Raises: InputError: a circuit without parts, fewer than no subsets; or as `faithfulness`.
     """
-    parts = _parts(circuit, model)
+    parts = _parts(circuit, model, n_subsets)
     draw = random.Random(seed)
     halves = [[], *(draw.sample(parts, len(parts) // 2) for _ in range(n_subsets))]
     without = [circuit.keep & ~_union(circuit, half) for half in halves]
@@ -125,10 +129,10 @@ def minimality(
     # on the one side v is there, whether it was drawn into K or not
     keep = [k | (circuit.keep & v) for k in without for v in alone]
     keep += [k & ~v for k in without for v in alone]
-    labels = [f"{i}" for i in range(len(keep))]
+    along = axis("run", range(len(keep)))
     about = {"method": "minimality", "granularity": f"{circuit.granularity}s"}
     result = measured(
-        model, pairs, torch.stack(keep), axis("run", labels), metric, direction, about, budget
+        model, pairs, torch.stack(keep), along, metric, direction, about, budget, "added"
     )
     mine, less = (half.unflatten(1, (len(halves), -1)) for half in result.per_pair.chunk(2, dim=1))
     worth = mine - less
@@ -136,8 +140,10 @@ def minimality(
     return _difference(result, worth.gather(1, best)[:, 0], list(map(str, parts)), "part")
 
 
-def _parts(circuit: Circuit, model: Gemma4) -> Sequence[Edge | Node]:
+def _parts(circuit: Circuit, model: Gemma4, n_subsets: int) -> Sequence[Edge | Node]:
     circuit.check(model)
+    if n_subsets < 0:
+        raise InputError(f"n_subsets is {n_subsets}, expected at least 0")
     if not circuit.parts:
         raise InputError("the circuit is empty: it has no part to take away")
     return circuit.parts
@@ -151,7 +157,7 @@ def _union(circuit: Circuit, parts: Sequence[Edge | Node]) -> Keep:
     return taken
 
 
-def _difference(result: Result, worth: Tensor, labels: list[str], name: str) -> Result:
+def _difference(result: Shares, worth: Tensor, labels: list[str], name: str) -> Shares:
     """Differences of runs in place of the runs, as shares of the way from empty to full."""
     return replace(
         result,

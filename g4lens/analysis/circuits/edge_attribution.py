@@ -27,7 +27,12 @@ from g4lens.analysis.circuits.graph_run import run_bytes
 from g4lens.analysis.circuits.receivers import attend, by_head
 from g4lens.analysis.circuits.senders import ENTRY, Differences, aligned_groups, carried, recorded
 from g4lens.analysis.engine import BUDGET
-from g4lens.analysis.gradients.slopes import graph_bytes, need_gradient, need_slope
+from g4lens.analysis.gradients.slopes import (
+    graph_bytes,
+    need_gradient,
+    need_slope,
+    need_way_down,
+)
 from g4lens.analysis.groups import Group
 from g4lens.analysis.metrics import Metric, as_metric, checked, logit_diff
 from g4lens.analysis.pairs import Pair, Pairs, as_pairs
@@ -79,36 +84,38 @@ def edge_attribution(
         pairs: prompts that agree position by position.
         metric: as `activation_patching` takes it, differentiable.
         steps: None: EAP, the gradient of this run; n: EAP-IG, the mean of the gradients in the
-            middles of n equal parts of the way from this run to the other.
+            middles of n equal parts of the way from this run to the other. (The authors' code
+            takes the end of each part that is nearer to the corrupted run.)
         direction: "noise" estimates what becomes of the clean run with corrupted edges, "denoise"
             the reverse.
-        budget: bytes of memory beside the model; sets the size of batches.
+        budget: bytes of memory beside the model; sets the size of batches, of a pair at least.
 
     Returns: The estimated change of the metric for each edge and pair, all positions together.
 
-    Raises: InputError: a metric without gradient; fewer than one step; pairs that differ in length;
-        hooks hung on the model.
+    Raises: InputError: a metric without gradient, as KL of clean runs; fewer than one step; pairs
+        that differ in length; hooks hung on the model.
     """
     began, metric = time.perf_counter(), as_metric(metric)
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise InputError(f"steps is {steps!r}, expected at least 1, or None for EAP")
+    if steps is None and direction == "noise":
+        need_way_down(metric)
     shares = [0.0] if steps is None else [(i + 0.5) / steps for i in range(steps)]
-    graph = Graph(model.cfg)
+    graph, is_flat = Graph(model.cfg), list[bool]()
     groups = aligned_groups(model, pairs, metric, direction)
-    is_flat: list[bool] = []
+    parts = [
+        part
+        for group in groups
+        for part in group.split(max(1, budget // _pair_bytes(graph, group)))
+    ]
 
-    def scores(group: Group) -> Float[Tensor, "pairs senders ports"]:
-        n, reads = group.rows["clean"][0].tokens.shape[1], group.targets.reads.shape[1]
-        pair_bytes = 2 * run_bytes(graph, group) + graph_bytes(model.cfg, n, reads)
-        parts = group.split(max(1, budget // pair_bytes))
-        found = []
-        for part in parts:
-            edges = _Edges(model, part, metric, direction)
-            found.append(edges.scores(shares))
-            is_flat.append(edges.is_flat)
-        return torch.cat(found)
+    def scores(part: Group) -> Float[Tensor, "pairs senders ports"]:
+        edges = _Edges(model, part, metric, direction)
+        found = edges.scores(shares)
+        is_flat.append(edges.is_flat)
+        return found
 
-    per_pair = gathered(groups, scores)
+    per_pair = gathered(parts, scores)
     need_slope(all(is_flat), metric)
     about = {
         "method": "EAP" if steps is None else "EAP-IG",
@@ -128,6 +135,12 @@ def edge_attribution(
         seconds=time.perf_counter() - began,
     )
     return EdgeScores(graph, per_pair, as_pairs(pairs).clusters, about, cost)
+
+
+def _pair_bytes(graph: Graph, group: Group) -> int:
+    """Memory that one pair takes: the writes of both runs, and the graph of one."""
+    n, reads = group.rows["clean"][0].tokens.shape[1], group.targets.reads.shape[1]
+    return 2 * run_bytes(graph, group) + graph_bytes(graph.cfg, n, reads)
 
 
 class _Edges:
@@ -170,11 +183,12 @@ class _Edges:
             seen[hook.name] = x
 
         hung = [(self.model.hook_points[name], Hung(savers=[save])) for name in names]
-        with torch.enable_grad(), hang(hung):
-            self.model(state=state, read=self.reads)
-            values = self.metric(seen[logits], self.group.targets)
+        with torch.enable_grad():
+            with hang(hung):
+                self.model(state=state, read=self.reads)
+            values = self.metric(seen[logits], self.group.targets)  # kl runs the clean prompts
+            total = self.group.weight * checked(values, self.metric, len(self.group)).sum()
         need_gradient(values, self.metric)
-        total = self.group.weight * checked(values, self.metric, len(self.group)).sum()
         ends = ("attn.hook_z", "ln2.hook_normalized", "ple.hook_pre", final)
         by = {name: x for name, x in seen.items() if name.endswith(ends)} | {"hook_ple": ple}
         grads = torch.autograd.grad(total, list(by.values()))
@@ -201,12 +215,12 @@ class _Edges:
             )
             total[:, :2, self.graph.columns(layer, "value")] += einsum(
                 self.differences.ple[:, :, :, layer],
-                grads["hook_ple"][:, :, layer],
+                grads["hook_ple"][:, :, layer].to(total),
                 "sender pair pos d, pair pos d -> pair sender",
             )[..., None]
         slope = grads[f"blocks.{self.cfg.n_layers - 1}.hook_resid_post"]
         total[:, :, -1] += einsum(
-            self.differences.here, slope, "sender pair pos d, pair pos d -> pair sender"
+            self.differences.here, slope.to(total), "sender pair pos d, pair pos d -> pair sender"
         )
 
     def _heads(
@@ -245,7 +259,7 @@ class _Edges:
         n = int(self.graph.allowed[:, columns.start].nonzero()[-1]) + 1  # senders that came before
         total[:, :n, columns] += einsum(
             self.differences.seen(layer, port)[:n],
-            slope,
+            slope.to(total),
             "sender pair pos d, port pair pos d -> pair sender port",
         )
 

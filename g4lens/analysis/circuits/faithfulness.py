@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from g4lens.analysis.circuits.circuit import Circuit
@@ -17,14 +17,11 @@ from g4lens.analysis.circuits.extraction import (
     score_values,
 )
 from g4lens.analysis.circuits.graph import Graph
-from g4lens.analysis.circuits.graph_run import circuit_metric
+from g4lens.analysis.circuits.shares import Shares, SomePairs, measured
 from g4lens.analysis.engine import BUDGET
-from g4lens.analysis.metrics import as_metric, logit_diff
-from g4lens.analysis.pairs import Pair, Pairs, as_pairs
-from g4lens.analysis.patching import SIDES_OF, Direction
-from g4lens.analysis.result import OTHER_RUN, Axis, Result, axis
-from g4lens.analysis.runs import gathered, measure
-from g4lens.cost import Cost
+from g4lens.analysis.metrics import logit_diff
+from g4lens.analysis.patching import Direction
+from g4lens.analysis.result import axis
 from g4lens.errors import InputError
 from g4lens.model.gemma4 import Gemma4
 
@@ -32,13 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-PASSES = 5.0  # plain ones that a run of the graph takes, measured on the bundled model
 Circuits = Circuit | Mapping[str, Circuit]
-SomePairs = Pairs | Pair | Sequence[Pair]
-CARRIES = {
-    "noise": "noise: the clean run in the circuit, the corrupted one elsewhere",
-    "denoise": "denoise: the corrupted run in the circuit, the clean one elsewhere",
-}
 
 
 def faithfulness(
@@ -49,7 +40,7 @@ def faithfulness(
     *,
     direction: Direction = "noise",
     budget: int = BUDGET,
-) -> Result:
+) -> Shares:
     """How much of the model's behaviour a circuit alone brings about.
 
         f(C) = (m(C) - m(empty)) / (m(M) - m(empty))
@@ -75,7 +66,8 @@ def faithfulness(
         budget: bytes of memory beside the model.
 
     Returns:
-        A cell for each circuit; `.recovered` is f, `.bootstrap_ci("recovered")` its interval.
+        A cell for each circuit; `.recovered` is f, `.bootstrap_ci("recovered")` its interval. In
+        pictures and in `summary` it is called "faithfulness".
 
     Raises: InputError: a circuit of another model; or as `circuit_metric`.
     """
@@ -95,6 +87,7 @@ def faithfulness(
         direction,
         {"method": "faithfulness", "granularity": kinds},
         budget,
+        "faithfulness",
     )
 
 
@@ -108,7 +101,7 @@ class FaithfulnessCurve:
         n_edges: how many edges were left of them after pruning.
     """
 
-    result: Result
+    result: Shares
     n_asked: tuple[int, ...]
     n_edges: tuple[int, ...]
 
@@ -224,6 +217,7 @@ def faithfulness_curve(
         direction,
         about | {"ranking": ranking, "search": search},
         budget,
+        "faithfulness",
     )
     return FaithfulnessCurve(result, n_asked, tuple(map(len, found)))
 
@@ -274,42 +268,3 @@ def circuit_transfer(
                 }
             )
     return pd.DataFrame(rows)
-
-
-def measured(
-    model: Gemma4,
-    pairs: SomePairs,
-    keep: Bool[Tensor, "circuits senders ports"],
-    along: Axis,
-    metric: Any,
-    direction: Direction,
-    about: dict[str, str],
-    budget: int,
-) -> Result:
-    """The metric of circuits, between that of the empty one and that of the full one."""
-    pairs, metric = as_pairs(pairs), as_metric(metric)
-    per_pair = circuit_metric(model, pairs, metric, keep=keep, direction=direction, budget=budget)
-    groups = pairs.on(model, metric)
-    target, base = (
-        gathered(groups, lambda group, side=side: measure(model, group, side, metric))
-        for side in SIDES_OF[direction]
-    )
-    told = {
-        "ablation_value": OTHER_RUN,
-        "positions": "all",
-        "direction": CARRIES[direction],
-        "metric": metric.name,
-    }
-    cells = len(keep) * len(pairs)
-    cost = Cost(cells, passes=PASSES * cells + 3 * len(pairs), plain_passes=cells)
-    return Result(
-        per_pair.T,
-        (along,),
-        base,
-        target,
-        pairs.clusters,
-        about | told,
-        model.cfg,
-        cost,
-        metric.is_normalised,
-    )

@@ -68,7 +68,7 @@ def circuit_metric(
         keep: which edges of `Graph(model.cfg)` are kept; numbers between 0 and 1 mix both runs.
         direction: "noise" begins at the clean run and takes edges from it, "denoise" at the
             corrupted one.
-        budget: bytes of memory beside the model; sets the size of batches.
+        budget: bytes of memory beside the model; sets the size of batches, of one run at least.
 
     Raises: InputError: `keep` of another shape; pairs that differ in length; hooks hung on the
         model, which a run of the graph could not honour; or as `activation_patching`.

@@ -164,8 +164,8 @@ class _Swap:
         return self._carried(held[self.senders.clamp(max=len(held) - 1)], layer, port)
 
     def _carried(self, change: Tensor, layer: int, port: PortName) -> Tensor:
-        """Times the scalars on the way; zero for senders that do not reach the port."""
+        """Times the scalars on the way, in the model's dtype; zero where there is no edge."""
         is_final = layer == self.cfg.n_layers
         column = -1 if is_final else self.runs.graph.columns(layer, port).start
         factor = self.runs.factors[self.senders.to(change.device), column]
-        return (change * factor[:, None, None, None]).flatten(0, 1)
+        return (change * factor[:, None, None, None]).flatten(0, 1).to(factor)

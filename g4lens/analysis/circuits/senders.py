@@ -91,7 +91,7 @@ def carried(model: Gemma4, graph: Graph) -> Float[Tensor, "senders ports"]:
 
 
 class Differences:
-    """What each sender writes in one run less what it writes in another.
+    """What each sender writes in one run less what it writes in another, at least in float32.
 
     Args:
         model: the model.
@@ -113,7 +113,7 @@ class Differences:
         reads: Int[Tensor, "batch reads"],
     ):
         graph, cfg = Graph(model.cfg), model.cfg
-        embed = run["hook_embed"] - other["hook_embed"]
+        embed = widened(run["hook_embed"]) - widened(other["hook_embed"])
         ahead = graph.senders_of(cfg.horizon).start
         self.cfg: TextConfig = cfg
         self.everywhere = embed.new_zeros(ahead, *embed.shape)
@@ -121,14 +121,11 @@ class Differences:
         self.everywhere[0] = embed  # ple_rows, the second, writes nothing to the stream
         for layer in range(cfg.n_layers):
             held = self.everywhere if layer < cfg.horizon else self.here
-            torch.sub(
-                writes(model, run, layer),
-                writes(model, other, layer),
-                out=held[graph.senders_of(layer)],
-            )
+            mine, theirs = (widened(writes(model, one, layer)) for one in (run, other))
+            torch.sub(mine, theirs, out=held[graph.senders_of(layer)])
         pairs = torch.arange(len(embed), device=embed.device)[:, None]
         self.here[:ahead] = self.everywhere[:, pairs, reads.to(embed.device)]
-        self.ple = torch.stack([run[name] - other[name] for name in ENTRY[1:]])
+        self.ple = torch.stack([widened(run[name]) - widened(other[name]) for name in ENTRY[1:]])
 
     def seen(self, layer: int, port: PortName) -> Float[Tensor, "sender batch pos d_model"]:
         """Of the senders that may write to a port of a block, at the positions that it reads."""

@@ -15,12 +15,20 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from g4lens.analysis.engine import BUDGET, pass_bytes
 from g4lens.analysis.gradients.attention_slopes import SEEN, Sums, readers_of
 from g4lens.analysis.gradients.compared import Compared, places_side_by_side
-from g4lens.analysis.gradients.slopes import Run, Slopes, graph_bytes, need_slope, rows_held
+from g4lens.analysis.gradients.slopes import (
+    Run,
+    Slopes,
+    graph_bytes,
+    need_slope,
+    need_way_down,
+    rows_held,
+)
 from g4lens.analysis.groups import SIDES, Group, Side
 from g4lens.analysis.metrics import Metric, as_metric, logit_diff
 from g4lens.analysis.pairs import Pair, Pairs, as_pairs
@@ -103,54 +111,62 @@ def attribution_patching(
         other run in place would change, so `recovered` is comparable cell by cell; for several
         sites one by name.
 
-    Raises: InputError: as `activation_patching`; a metric that gives no gradient; a budget that
-        cannot hold one pair; hooks on scores or patterns where those must be rebuilt.
+    Raises: InputError: as `activation_patching`; a metric that gives no gradient, as KL of clean
+        runs; a budget that cannot hold one pair; hooks on scores or patterns where those must be
+        rebuilt.
     """
     begun, metric, pairs = time.perf_counter(), as_metric(metric), as_pairs(pairs)
     if direction not in SIDES_OF:
         raise InputError(f"direction is {direction!r}, expected 'denoise' or 'noise'")
+    if direction == "noise":
+        need_way_down(metric)
     names = [site] if isinstance(site, str) else list(dict.fromkeys(site))
     if not names:
         raise InputError("site is an empty list, expected at least one")
-    groups = pairs.on(model, metric)
-    base, source = SIDES_OF[direction]
-    where = (layers, positions, heads)
+    groups, (base, source) = pairs.on(model, metric), SIDES_OF[direction]
+    scopes = _scopes(model, names, groups, base, (layers, positions, heads))
+    job = _Job(model, metric, base, source, scopes, qk_fix, grad_drop)
+    parts = [part for group in groups for part in job.fitting(group, budget)]
+    cells, total = job.run(parts, len(pairs), progress)
+    n_passes = (2 + (model.cfg.n_layers if grad_drop else 1)) * len(pairs)
+    cost = Cost(0, 0, n_passes, 0, budget, time.perf_counter() - begun)
+    about = {
+        "method": "attribution patching" + " with QK fix" * qk_fix + " and GradDrop" * grad_drop,
+        "direction": direction,
+        "ablation_value": OTHER_RUN,
+        "metric": metric.name,
+    }
+    results = {
+        scope.site.name: (Sizes if grad_drop else Result)(
+            per_pair=found,
+            axes=scope.axes,
+            base=torch.zeros(len(pairs)),
+            target=total,
+            clusters=pairs.clusters,
+            about=about | {"site": scope.site.name, "positions": _told(positions, scope)},
+            cfg=model.cfg,
+            cost=replace(cost, cells=found.numel(), plain_passes=found.numel()),
+            is_normalised=metric.is_normalised,
+        )
+        for scope, found in zip(scopes, cells, strict=True)
+    }
+    return results[names[0]] if isinstance(site, str) else results
+
+
+def _scopes(
+    model: Gemma4, names: Sequence[str], groups: Sequence[Group], base: Side, where: tuple[Any, ...]
+) -> list[Scope]:
+    """The cells of each site. Raises: InputError: as `attribution_patching` of places and sides."""
     scopes = [Scope.of(model.cfg, site_named(name), groups, base, *where) for name in names]
     if any(scope.is_by_index for scope in scopes):
         for group in groups:
             group.check_aligned()
-    job = _Job(model, metric, base, source, scopes, qk_fix, grad_drop)
-    per_pair = [torch.zeros(len(pairs), *scope.shape) for scope in scopes]
-    total = torch.zeros(len(pairs))
-    job.run(
-        [part for group in groups for part in job.fitting(group, budget)], per_pair, total, progress
-    )
-    method = "attribution patching" + " with QK fix" * qk_fix + " and GradDrop" * grad_drop
-    n_backward = model.cfg.n_layers if grad_drop else 1
-    results = {}
-    for scope, cells in zip(scopes, per_pair, strict=True):
-        n_cells = cells.numel()
-        cost = Cost(n_cells, 0, (2 + n_backward) * len(pairs), n_cells, budget)
-        about = {
-            "method": method,
-            "direction": direction,
-            "site": scope.site.name,
-            "ablation_value": OTHER_RUN,
-            "positions": str(positions or ("all" if scope.site.heads == "query" else "each")),
-            "metric": metric.name,
-        }
-        results[scope.site.name] = (Sizes if grad_drop else Result)(
-            cells,
-            scope.axes,
-            torch.zeros(len(pairs)),
-            total,
-            pairs.clusters,
-            about,
-            model.cfg,
-            replace(cost, seconds=time.perf_counter() - begun),
-            metric.is_normalised,
-        )
-    return results[names[0]] if isinstance(site, str) else results
+    return scopes
+
+
+def _told(positions: Any, scope: Scope) -> str:
+    """What a result says of its positions."""
+    return str(positions or ("all" if scope.site.heads == "query" else "each"))
 
 
 class _Job:
@@ -227,18 +243,20 @@ class _Job:
         return group.split(max(1, budget // need))
 
     def run(
-        self, parts: list[Group], per_pair: list[Tensor], total: Tensor, progress: bool
-    ) -> None:
-        """Add what each part gives to the cells and the totals of its pairs."""
+        self, parts: list[Group], n_pairs: int, progress: bool
+    ) -> tuple[list[Float[Tensor, "pairs ..."]], Float[Tensor, "pairs"]]:
+        """The cells of each scope, and what the whole other run would change."""
         from tqdm.auto import tqdm
 
-        n = sum(map(len, parts))
+        per_pair = [torch.zeros(n_pairs, *scope.shape) for scope in self.scopes]
+        n, total = sum(map(len, parts)), torch.zeros(n_pairs)
         with tqdm(total=n, unit="pair", leave=False, delay=1.0, disable=not progress) as bar:
             for part in parts:
                 for cells, more in zip(per_pair, self._part(part, total), strict=True):
                     cells.index_add_(0, torch.tensor(part.index), more.float().cpu())
                 bar.update(len(part))
         need_slope(self.is_flat, self.metric)
+        return per_pair, total
 
     def _part(self, group: Group, total: Tensor) -> list[Tensor]:
         n = group.length(self.base) + group.n_forced

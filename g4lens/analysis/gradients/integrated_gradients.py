@@ -74,8 +74,8 @@ class InputAttribution(Result):
             ax: where to draw; by default a new figure.
             pair: whose prompt.
 
-        Raises: InputError: no such pair or `of`, a prompt given as ids, or cells that are not its
-            tokens.
+        Raises: InputError: no such pair or `of`, a prompt given as ids, cells that are not its
+            tokens, or shares of no difference.
         """
         from g4lens import plots
 
@@ -89,6 +89,8 @@ class InputAttribution(Result):
                 "a picture of the input needs its tokens: give text, parts or a Prompt, and leave "
                 "positions= out"
             )
+        if of == "recovered" and not total:
+            raise InputError(f"pair {pair}: input and baseline have the same metric: plot 'values'")
         values = self.tokens(pair)
         ax = plots.over_input(values if of == "values" else values / total, prompt, ax)
         about = f"{self.about['metric']}, {total:+.3g} from {self.about['baseline']}"
@@ -133,31 +135,19 @@ def integrated_gradients(
         gives no gradient, fewer than one step, a budget that cannot hold one prompt.
     """
     begun, metric, pairs = time.perf_counter(), as_metric(metric), as_pairs(pairs)
-    if baseline not in BASELINES:
-        raise InputError(
-            f"baseline is {baseline!r}, expected {', '.join(BASELINES)}."
-            f"{did_you_mean(baseline, BASELINES)}"
-        )
-    if not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps is {steps}, expected at least 1")
+    way = _Way(model, metric, baseline, steps, budget)
     groups = pairs.on(model, metric)
     cells = position_cells(positions, groups, "clean")
     if baseline == "corrupted":
         for group in groups:
             group.check_aligned()
-    way = _Way(model, metric, baseline, steps, budget)
     with way.bar(len(pairs) * len(metric.legs), progress):
         whole = gathered(groups, lambda group: way.shares(group, cells))
     need_slope(way.is_flat, metric)
     *shares, missing, target = whole.split([len(cells), len(cells), 1, 1], 1)
     prompts = {i: p for g in groups for i, p in zip(g.index, g.prompts["clean"], strict=True)}
-    cost = Cost(
-        len(cells) * len(pairs),
-        0,
-        (2 * steps + 2) * len(pairs),
-        (2 * steps + 2) * len(pairs),
-        budget,
-    )
+    n = (2 * steps + 2) * len(pairs)
+    cost = Cost(len(cells) * len(pairs), 0, n, n, budget, time.perf_counter() - begun)
     found = InputAttribution(
         per_pair=torch.stack(shares, 1),
         axes=(axis("part", PARTS), axis("pos", [label(cell) for cell in cells])),
@@ -171,7 +161,7 @@ def integrated_gradients(
             "metric": metric.name,
         },
         cfg=model.cfg,
-        cost=replace(cost, seconds=time.perf_counter() - begun),
+        cost=cost,
         missing=missing[:, 0],
         prompts=tuple(prompts[i] for i in range(len(pairs))),
         is_by_token=positions is None,
@@ -181,9 +171,19 @@ def integrated_gradients(
 
 
 class _Way:
-    """The straight line from the baseline to the input."""
+    """The straight line from the baseline to the input.
+
+    Raises: InputError: no such baseline, or fewer than one step.
+    """
 
     def __init__(self, model: Gemma4, metric: Metric, baseline: Baseline, steps: int, budget: int):
+        if baseline not in BASELINES:
+            raise InputError(
+                f"baseline is {baseline!r}, expected {', '.join(BASELINES)}."
+                f"{did_you_mean(baseline, BASELINES)}"
+            )
+        if not isinstance(steps, int) or steps < 1:
+            raise InputError(f"steps is {steps}, expected at least 1")
         self.model, self.metric, self.baseline, self.budget = model, metric, baseline, budget
         points, weights = np.polynomial.legendre.leggauss(steps)
         self.points = torch.tensor((1 + points) / 2)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from g4lens.analysis.cells import held_by
 from g4lens.analysis.groups import Group, Side
-from g4lens.analysis.metrics import Metric, checked
+from g4lens.analysis.metrics import Metric, checked, kl
 from g4lens.cache import gradients_by
 from g4lens.config import TextConfig
 from g4lens.errors import InputError
@@ -133,6 +133,8 @@ class Slopes(Run):
 
 def need_gradient(values: Float[Tensor, "rows"], metric: Metric) -> None:
     """Raises: InputError: a metric that is not computed from the logits by differentiable steps."""
+    if torch.is_inference_mode_enabled():
+        raise InputError("torch.inference_mode() is on, where nothing has a gradient: leave it")
     if not values.requires_grad:
         raise InputError(
             f"metric {metric.name} gives no gradient: it must be computed from the logits by "
@@ -145,6 +147,15 @@ def need_slope(is_flat: bool, metric: Metric) -> None:
     if is_flat:
         raise InputError(
             f"metric {metric.name} gives no gradient: its slope by every logit is zero"
+        )
+
+
+def need_way_down(metric: Metric) -> None:
+    """Raises: InputError: KL(clean || this run), of the clean run itself."""
+    if metric.fn is kl.fn:
+        raise InputError(
+            f"metric {metric.name} gives no gradient in clean runs: it is at its least there, and "
+            "its slope nothing but rounding error. Take another metric, or the other direction"
         )
 
 

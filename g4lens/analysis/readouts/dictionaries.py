@@ -55,6 +55,7 @@ class Dictionary:
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself. Raises: InputError."""
+        self._check_shapes()
         if self.k is not None and (self.threshold is not None or not 1 <= self.k <= len(self)):
             raise InputError(
                 f"k is {self.k}: expected 1 to {len(self)} features, and no threshold beside it"
@@ -64,6 +65,29 @@ class Dictionary:
                 f"a transcoder ({self.hook_in} to {self.hook_out}) does not subtract b_dec, which "
                 "belongs to its output: centred=False"
             )
+
+    def _check_shapes(self) -> None:
+        """A matrix that lies the other way round is the commonest fault of a converted file."""
+        if self.W_enc.ndim != 2 or self.b_dec.ndim != 1:
+            raise InputError(
+                f"W_enc is {tuple(self.W_enc.shape)} and b_dec {tuple(self.b_dec.shape)}, expected "
+                "[d_in, feature] and [d_out]"
+            )
+        (d_in, n), d_out = self.W_enc.shape, len(self.b_dec)
+        expected = {
+            "b_enc": (n,),
+            "W_dec": (n, d_out),
+            "threshold": (n,),
+            "W_skip": (d_out, d_in),
+            "b_dec": (d_out if self.is_transcoder else d_in,),
+        }
+        for name, shape in expected.items():
+            x = getattr(self, name)
+            if x is not None and tuple(x.shape) != shape:
+                raise InputError(
+                    f"{name} is {tuple(x.shape)}, expected {shape}: W_enc is [d_in, feature], here "
+                    f"{tuple(self.W_enc.shape)}, and b_dec [d_out], here {tuple(self.b_dec.shape)}"
+                )
 
     def __len__(self) -> int:
         return len(self.b_enc)

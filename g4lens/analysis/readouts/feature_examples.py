@@ -102,12 +102,15 @@ def feature_examples(
         features: one or several.
         top: examples of each.
 
-    Raises: InputError, HookNameError: as `Dictionary.check`, no such feature, or no prompts.
+    Raises: InputError, HookNameError: as `Dictionary.check`, no such feature, no example asked
+        for, or no prompts.
     """
     dictionary.check(model)
     chosen = [features] if isinstance(features, int) else list(features)
     if bad := [i for i in chosen if not 0 <= i < len(dictionary)]:
         raise InputError(f"there is no feature {bad[0]}, expected 0 to {len(dictionary) - 1}")
+    if top < 1:
+        raise InputError(f"top is {top}, expected at least 1")
     best = [torch.zeros(len(chosen), top)] + [torch.zeros(len(chosen), top, dtype=torch.int64)] * 3
     n_rows, n_active, ids = 0, torch.zeros(len(chosen)), dict[int, list[int]]()
     own = dictionary.to("cpu")

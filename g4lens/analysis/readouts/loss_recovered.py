@@ -1,5 +1,6 @@
 """What a dictionary costs the model that has to live with it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,8 @@ class LossRecovered:
         loss: of the model as it is.
         with_dictionary: with the reconstruction in place, without the error term.
         with_zero: with zeros in place.
-        explained: share of the variance over rows that the reconstruction explains.
+        explained: share of the variance over rows that the reconstruction explains; NaN where all
+            rows are the same.
         active: features that are active in a row, on average (L0).
         alive: share of the features that were active at all.
         n_tokens: predicted tokens that the losses are means over.
@@ -44,8 +46,11 @@ class LossRecovered:
 
     @property
     def recovered(self) -> float:
-        """(with_zero - with_dictionary) / (with_zero - loss): 1 is as good as the model."""
-        return (self.with_zero - self.with_dictionary) / (self.with_zero - self.loss)
+        """(with_zero - with_dictionary) / (with_zero - loss): 1 is as good as the model.
+
+        NaN where zeros cost nothing, so that there is nothing to recover.
+        """
+        return _share(self.with_zero - self.with_dictionary, self.with_zero - self.loss)
 
     def __repr__(self) -> str:
         return (
@@ -159,8 +164,12 @@ class _Tally:
             loss,
             with_dictionary,
             with_zero,
-            explained=1 - self.missed / variance,
+            explained=1 - _share(self.missed, variance),
             active=self.n_active / self.n_rows,
             alive=float(self.is_alive.float().mean()),
             n_tokens=self.n_tokens,
         )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan

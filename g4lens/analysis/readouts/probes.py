@@ -135,7 +135,7 @@ def probe(
 
     Raises:
         InputError: one class only, a class in fewer clusters than folds, items that are all the
-            same, lists of unequal lengths, or no such site, block or position.
+            same, lists of unequal lengths, no penalty, or no such site, block or position.
         G4LensError: scikit-learn is not installed.
     """
     place = site_named(site)
@@ -144,6 +144,8 @@ def probe(
     names = [place.full_name(layer) for layer in chosen]
     groups_of = list(range(len(prompts))) if clusters is None else list(clusters)
     _check(prompts, labels, groups_of, items, folds)
+    if not penalty > 0:
+        raise InputError(f"penalty is {penalty}, expected more than 0")
     classes = sorted(set(labels), key=lambda label: (str(type(label)), label))
     fit = _Fit(folds, penalty, seed)
     states, rows, tokens = _states(model, prompts, names, positions)
@@ -176,6 +178,8 @@ def _check(
     folds: int,
 ) -> None:
     """Refuse what no probe can learn from. Raises: InputError."""
+    if not len(prompts):
+        raise InputError("no prompts, expected a list of some")
     for name, given in (("labels", labels), ("clusters", clusters), ("items", items)):
         if given is not None and len(given) != len(prompts):
             raise InputError(f"{len(given)} {name} for {len(prompts)} prompts, expected as many")

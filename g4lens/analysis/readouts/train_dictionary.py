@@ -39,10 +39,10 @@ def train_dictionary(
         rows = (part.values for _ in range(20) for part in g4lens.activations(model, texts, point))
         dictionary = g4lens.train_dictionary(rows, width=512, k=8, hook_point=point, steps=2000)
 
-    Rows are shuffled among some tens of thousands and scaled so that a channel's mean square is
-    one; the scale is folded into the result, whose features are in units of the activations. The
-    rows of `W_dec` keep length one. A step costs about as much as `6 * batch * d * width` products
-    for the encoder alone.
+    Rows are shuffled among some tens of thousands and scaled by one number, so that the variance of
+    a channel is one on the mean; the number is folded into the result, whose features are in units
+    of the activations. The rows of `W_dec` keep length one. A step costs about as much as `6 *
+    batch * d * width` products for the encoder alone.
 
     It misleads where the rows are few or alike: features then name single prompts. A dictionary of
     `g4lens.untrained(model)` shows what the method finds in any stream.
@@ -110,7 +110,7 @@ def shuffled(
 
 
 class Learner:
-    """Weights in the making, in units in which the rows' channels have a mean square of one."""
+    """Weights in the making, in units in which a channel's variance is one on the mean."""
 
     def __init__(
         self,

@@ -65,17 +65,19 @@ class TunedLens:
         Args:
             model: the model.
             inputs: one prompt.
-            **options: `layers`, `positions`, `tokens`, `top`, `cache`, as for `logit_lens`.
+            **options: `positions`, `tokens`, `top`, `cache`, as for `logit_lens`; `layers`
+                likewise, by default those of the lens.
 
         Raises: InputError: another model's lens, a block it has not, or as `logit_lens`.
         """
         self.check(model)
-        options.setdefault("layers", self.layers)
-        if lost := sorted(set(options["layers"]) - set(self.layers)):
+        layers = options.pop("layers", None)
+        layers = self.layers if layers is None else layers
+        if lost := sorted(set(layers) - set(self.layers)):
             raise InputError(
                 f"the lens has no block {lost[0]}, it has {listed(map(str, self.layers))}"
             )
-        lens = logit_lens(model, inputs, self.site, translate=self._translate, **options)
+        lens = logit_lens(model, inputs, self.site, layers, translate=self._translate, **options)
         return replace(lens, site=f"{self.site}, tuned")
 
     def _translate(self, layer: int, states: Float[Tensor, "state d_model"]) -> Tensor:
@@ -97,8 +99,9 @@ class TunedLens:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write it to a safetensors file, which appears whole or not at all."""
+        """Write it to a safetensors file, which appears whole or not at all; folders are made."""
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         about = {
             "format": FORMAT,
             "layers": list(self.layers),
@@ -128,11 +131,21 @@ def load_tuned_lens(path: str | Path, model: Gemma4) -> TunedLens:
     """
     path = Path(path)
     with readable(path), safe_open(path, framework="pt") as file:
-        about = json.loads((file.metadata() or {}).get("g4lens", "{}"))
+        metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if about.pop("format", None) != FORMAT or set(tensors) != set(TENSORS):
-        raise WeightsError(f"{path}: holds no tuned lens, expected what TunedLens.save writes")
-    lens = TunedLens(**tensors, **{**about, "layers": tuple(about["layers"])})
+    try:
+        about = json.loads(metadata.get("g4lens", "{}"))
+        if about.pop("format") != FORMAT:
+            raise ValueError("another format")
+        lens = TunedLens(**tensors, **{**about, "layers": tuple(about["layers"])})
+        n, d = len(lens.layers), int(lens.geometry["d_model"])
+        shapes = {"weights": (n, d, d), "biases": (n, d), "kl": (n,), "untuned_kl": (n,)}
+        if {name: tuple(x.shape) for name, x in tensors.items()} != shapes:
+            raise ValueError("tensors of other shapes")
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise WeightsError(
+            f"{path}: holds no tuned lens, expected what TunedLens.save writes ({error!r})"
+        ) from None
     lens.check(model)
     return lens
 
@@ -181,16 +194,11 @@ def train_tuned_lens(
     """
     from tqdm import trange
 
-    chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
-    if site not in STREAMS or not chosen or not set(chosen) <= set(range(model.cfg.n_layers)):
-        raise InputError(
-            f"site is {site!r} and layers {chosen}: expected one of {', '.join(STREAMS)}, and "
-            f"blocks of 0 to {model.cfg.n_layers - 1}"
-        )
+    chosen = _checked(model, layers, site)
     if steps < 1 or rows < 1:
         raise InputError(f"steps is {steps} and rows {rows}, expected at least 1")
     random = torch.Generator().manual_seed(seed)
-    groups = list(prompt_groups(model, prompts, max(rows, 1)))
+    groups = list(prompt_groups(model, prompts, rows))
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     names = [f"blocks.{layer}.hook_{site}" for layer in chosen]
     translators = [Translator(model) for _ in chosen]
@@ -222,6 +230,17 @@ def train_tuned_lens(
         geometry=geometry(model),
         origin=origin,
     )
+
+
+def _checked(model: Gemma4, layers: Sequence[int] | None, site: str) -> list[int]:
+    """Those blocks. Raises: InputError: no such block or stream."""
+    chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
+    if site not in STREAMS or not chosen or not set(chosen) <= set(range(model.cfg.n_layers)):
+        raise InputError(
+            f"site is {site!r} and layers {chosen}: expected one of {', '.join(STREAMS)}, and "
+            f"blocks of 0 to {model.cfg.n_layers - 1}"
+        )
+    return chosen
 
 
 class Translator(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from g4lens.analysis.pairs import Pair, Pairs, as_pairs
 from g4lens.analysis.sites import Unit
-from g4lens.analysis.subspaces.exchange import Exchange, exchanges
+from g4lens.analysis.subspaces.exchange import NO_FOIL, Exchange, exchanges
 from g4lens.errors import InputError
 from g4lens.model.gemma4 import Gemma4
 
@@ -109,7 +109,10 @@ def das(
     Raises: InputError: no such unit, or one that nothing reads; k out of range; pairs without foil,
         that cannot be compared or split.
     """
-    learnt, held = as_pairs(pairs).split(discovery, by, seed)
+    pairs = as_pairs(pairs)
+    if any(pair.foil is None for pair in pairs):
+        raise InputError(NO_FOIL)
+    learnt, held = pairs.split(discovery, by, seed)
     for name, value in (("k", k), ("epochs", epochs), ("batch", batch)):
         if value < 1:
             raise InputError(f"{name} is {value}, expected at least 1")

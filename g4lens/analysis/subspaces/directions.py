@@ -80,7 +80,7 @@ def orthogonalised(model: Gemma4, direction: Directions) -> Iterator[None]:
         model: the model.
         direction: as for `directional_ablation`.
 
-    Raises: InputError: as `directional_ablation`.
+    Raises: InputError: as `directional_ablation`; weights in 8 or 4 bits.
     """
     basis = _basis(model, direction)
     kept: list[tuple[nn.Linear, Tensor]] = []
@@ -92,9 +92,9 @@ def orthogonalised(model: Gemma4, direction: Directions) -> Iterator[None]:
                 (block.ple.project, block.ln_ple_post),
             ):
                 weight, gain = linear.weight, cast(Tensor, norm.weight)
-                kept.append((linear, weight))
                 edited = _orthogonal(weight, gain, basis)
                 linear.weight = nn.Parameter(edited, weight.requires_grad)
+                kept.append((linear, weight))
         with model.hooks([(EMBEDDING, _ablating(basis))]):
             yield
     finally:

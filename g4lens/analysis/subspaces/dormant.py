@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from g4lens.analysis.gradients.slopes import Slopes, need_slope, rows_of
 from g4lens.analysis.metrics import Metric, as_metric, logit_diff
 from g4lens.analysis.pairs import Pair, Pairs, as_pairs
 from g4lens.analysis.patching import SIDES_OF, Direction
@@ -93,19 +94,22 @@ def dormant_check(
         direction: as for `activation_patching`.
         share: of squared length.
 
-    Raises: InputError: as `das`; a teacher-forced metric, a share outside 0 to 1, or both sides
-        with the same mean metric.
+    Raises: InputError: as `das`; a metric that is teacher-forced, never normalised or gives no
+        gradient, a share outside 0 to 1, or both sides with the same mean metric.
     """
     metric = as_metric(metric)
-    if metric.forced:
-        raise InputError(f"metric {metric.name} is teacher-forced, expected one of the last token")
+    if metric.forced or not metric.is_normalised:
+        raise InputError(
+            f"metric {metric.name} is teacher-forced or never normalised, expected one of the last "
+            "token of which a share can be recovered"
+        )
     if direction not in SIDES_OF:
         raise InputError(f"direction is {direction!r}, expected 'denoise' or 'noise'")
     if not 0 < share <= 1:
         raise InputError(f"share is {share}, expected more than 0 and at most 1")
-    ready = exchanges(model, as_pairs(pairs), unit)
+    ready = exchanges(model, as_pairs(pairs), unit, metric=metric)
     basis = checked_basis(basis, ready[0].own)
-    seen = _projection([_gradients(one, metric) for one in ready], share)
+    seen = _projection(_gradients(ready, metric), share)
     varying = _projection([(one.other - one.own)[one.places >= 0] for one in ready], share)
     one = torch.eye(basis.shape[1]).to(basis)
     spans = dict(zip(PARTS, (one, seen, one - seen, varying, one - varying), strict=True))
@@ -124,19 +128,19 @@ def dormant_check(
     )
 
 
-def _gradients(one: Exchange, metric: Metric) -> Float[Tensor, "rows *head d"]:
-    """The metric's gradients by the activation at the unit's places."""
-    _, _, grads = one.model.run_with_grads(
-        None,
-        lambda logits: metric(logits, one.group.targets).sum(),
-        one.point,
-        state=one.state,
-        read=one.reads,
-    )
-    held, places = grads.positions(one.point), one.places.to(one.own.device)
-    is_there = (held[:, :, None] == places[:, None]) & (places >= 0)[:, None]
-    slope = grads[one.point] if one.unit.head is None else grads[one.point][:, :, one.unit.head]
-    return slope[is_there.any(-1)].to(one.own)
+def _gradients(ready: list[Exchange], metric: Metric) -> list[Float[Tensor, "rows *head d"]]:
+    """The metric's gradients by the activation at the unit's places, of each side's runs."""
+    found, is_flat = [], True
+    for one in ready:
+        final = f"blocks.{one.model.cfg.n_layers - 1}.hook_resid_post"
+        run = Slopes(one.model, one.group, one.side, metric, [one.point, final])
+        slopes = run.gradients()
+        is_flat &= not bool(slopes[final].any())
+        index = run.index(one.point, one.places)
+        rows = rows_of(slopes[one.point], index)[index >= 0]
+        found.append((rows if one.unit.head is None else rows[:, one.unit.head]).to(one.own))
+    need_slope(is_flat, metric)
+    return found
 
 
 def _projection(rows: list[Tensor], share: float) -> Float[Tensor, "d d"]:
@@ -154,9 +158,7 @@ def _projection(rows: list[Tensor], share: float) -> Float[Tensor, "d d"]:
 
 def _mean(some: list[Exchange], metric: Metric, through: Float[Tensor, "d d"]) -> float:
     """The mean metric with the difference between the sides added through a matrix."""
-    values = [
-        metric(one.logits((one.other - one.own) @ through), one.group.targets) for one in some
-    ]
+    values = [one.measured((one.other - one.own) @ through, metric) for one in some]
     return float(torch.cat(values).mean())
 
 

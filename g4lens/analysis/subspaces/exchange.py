@@ -8,6 +8,7 @@ blocks above it only.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from g4lens.analysis.cells import Places
 from g4lens.analysis.groups import SIDES, Group, Side
+from g4lens.analysis.metrics import Metric
 from g4lens.analysis.pairs import Pairs
-from g4lens.analysis.plain import put, rows_at
+from g4lens.analysis.plain import Edit, put, rows_at
 from g4lens.analysis.reach import cells as reached
+from g4lens.analysis.runs import measure
 from g4lens.analysis.scope import Scope, places_of
 from g4lens.analysis.sites import Unit, site_named
 from g4lens.errors import InputError
@@ -26,6 +29,7 @@ from g4lens.model.primitives import widened
 from g4lens.state import State
 
 KINDS = ("stream", "head", "kv", "neuron")
+NO_FOIL = "an exchange goes both ways and needs a foil in every pair"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +71,7 @@ class Exchange:
         targets = self.group.targets
         ids = targets.answer_ids if self.side == "corrupted" else targets.foil_ids
         if ids is None:
-            raise InputError("an exchange goes both ways and needs a foil in every pair")
+            raise InputError(NO_FOIL)
         return ids[:, 0].to(self.model.device)
 
     def along(self, basis: Float[Tensor, "k d"] | None) -> Float[Tensor, "pairs places *head d"]:
@@ -79,12 +83,26 @@ class Exchange:
         self, change: Float[Tensor, "pairs places *head d"]
     ) -> Float[Tensor, "pairs 1 d_vocab"]:
         """Behind each prompt, with this added at the places."""
-        edit = put(self.point, self.own + change, self.places, self.unit.head)
-        return self.model.run_with_hooks(state=self.state, read=self.reads, fwd_hooks=[edit])
+        edits = [self._edit(change)]
+        return self.model.run_with_hooks(state=self.state, read=self.reads, fwd_hooks=edits)
+
+    def measured(
+        self, change: Float[Tensor, "pairs places *head d"], metric: Metric
+    ) -> Float[Tensor, "pairs"]:
+        """The same as a metric sees it."""
+        edits = [self._edit(change)]
+        return measure(self.model, self.group, self.side, metric, edits, self.state)
+
+    def _edit(self, change: Float[Tensor, "pairs places *head d"]) -> Edit:
+        return put(self.point, self.own + change, self.places, self.unit.head)
 
 
-def exchanges(model: Gemma4, pairs: Pairs, unit: Unit, size: int = 16) -> list[Exchange]:
+def exchanges(
+    model: Gemma4, pairs: Pairs, unit: Unit, size: int = 16, metric: Any = "logit"
+) -> list[Exchange]:
     """All exchanges at a unit, from either side into the other, at most `size` pairs in each.
+
+    `metric` is what will be measured of them, at the last position.
 
     Costs a run of both sides up to the unit's block, and keeps what enters it.
 
@@ -95,7 +113,7 @@ def exchanges(model: Gemma4, pairs: Pairs, unit: Unit, size: int = 16) -> list[E
         raise InputError(f"site {unit.site!r} has no subspaces, expected a stream, head or neurons")
     if site.heads == "query" and unit.head is None:
         raise InputError(f"site {unit.site!r} is divided into heads: name one")
-    groups = pairs.on(model, "logit")
+    groups = pairs.on(model, metric)
     positions = "all" if unit.position is None else [unit.position]
     heads = None if unit.head is None else [unit.head]
     scope = Scope.of(model.cfg, site, groups, "clean", [unit.layer], positions, heads)

@@ -1,10 +1,12 @@
 """Edge attribution against the derivative of the run of the graph."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
+import g4lens
 from g4lens.analysis.circuits.edge_attribution import edge_attribution
 from g4lens.analysis.circuits.edge_scores import EdgeScores
 from g4lens.analysis.circuits.graph import Graph, Node
@@ -25,6 +27,12 @@ from tests.conftest import randomised, small_config
 def test_eap_is_the_derivative(case, direction, metric):
     """The score is minus the slope of the metric by how much of the edge is kept."""
     model = randomised(Gemma4(small_config(**CASES[case])), seed=6).double()
+    scores = compared_with_slopes(model, metric, direction)
+    assert (scores.values[scores.graph.allowed] != 0).float().mean() > 0.9
+    assert not scores.values[~scores.graph.allowed].any()
+
+
+def compared_with_slopes(model, metric, direction):
     pairs, graph, metric = random_pairs(2), Graph(model.cfg), as_metric(metric)
     scores = edge_attribution(model, pairs, metric, direction=direction)
     keep = torch.ones(1, *graph.shape, dtype=torch.float64, requires_grad=True)
@@ -35,8 +43,16 @@ def test_eap_is_the_derivative(case, direction, metric):
         ):
             (slope,) = torch.autograd.grad(values, keep, retain_graph=True)
             torch.testing.assert_close(found.double(), -slope[0], rtol=1e-5, atol=1e-7)
-    assert (scores.values[graph.allowed] != 0).float().mean() > 0.9
-    assert not scores.values[~graph.allowed].any()
+    return scores
+
+
+def test_kl_runs_its_clean_side_undisturbed():
+    """While the corrupted run is differentiated; of the clean run it has no slope."""
+    model = randomised(Gemma4(small_config()), seed=6).double()
+    assert compared_with_slopes(model, "kl", "denoise").values.abs().max() > 0
+    assert edge_attribution(model, random_pairs(1), "kl", steps=2).values.abs().max() > 0
+    with pytest.raises(InputError, match="metric kl gives no gradient in clean runs"):
+        edge_attribution(model, random_pairs(1), "kl")
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -89,6 +105,25 @@ def test_small_steps_lead_to_path_patching():
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
+def test_half_precision_is_near_the_whole():
+    """Of the bundled model in bfloat16, as E2B is released; the same by path patching."""
+    half = g4lens.load("tiny", device="cpu", dtype="bfloat16")
+    pairs, whole = g4lens.tasks.pairs("ioi", 2), copy.deepcopy(half).float()
+    for steps in (None, 2):
+        found, expected = (
+            edge_attribution(model, pairs, steps=steps).values.flatten() for model in (half, whole)
+        )
+        assert found.dtype == torch.float32
+        assert torch.cosine_similarity(found, expected, 0) > 0.999
+    ports = [(Node("head", 14, 1), "q"), (Node("head", 14, 1), "k"), (Node("mlp", 9), "in")]
+    ports += [(Node("ple", 6), "gate"), (Node("ple", 6), "value"), (Node("logits"), "in")]
+    measured, exact = (
+        path_patching(model, pairs, receivers=ports, progress=False).effect.flatten()
+        for model in (half, whole)
+    )
+    assert torch.cosine_similarity(measured, exact, 0) > 0.99
+
+
 def test_what_is_reported():
     """Frame, best edges, account of itself; batches change nothing."""
     model = randomised(Gemma4(small_config()), seed=6).double()
@@ -120,3 +155,4 @@ def test_bad_input(model, options, message):
     with pytest.raises(InputError, match=message):
         edge_attribution(model, random_pairs(1), **options)
     assert not edited_points()
+    assert not any(point.is_hung for point in model.hook_points.values())

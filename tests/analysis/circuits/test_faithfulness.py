@@ -99,8 +99,24 @@ def test_either_way_to_the_answer_is_worth_its_share(circuit):
 
 def test_a_figure_can_be_drawn_and_tabled(circuit):
     result = faithfulness(KNOWN.model, KNOWN.pairs, circuit)
-    assert result.plot().get_ylabel() == "recovered"
+    assert result.plot().get_ylabel() == "faithfulness"
+    assert result.plot(of="values").get_ylabel() == "logit_diff"
     assert len(result.to_frame()) == len(KNOWN.pairs)
+
+
+@pytest.mark.filterwarnings("ignore::g4lens.FewClustersWarning")
+def test_shares_are_called_what_they_are(circuit):
+    found = {
+        "faithfulness": faithfulness(KNOWN.model, KNOWN.pairs, circuit),
+        "gap": completeness(KNOWN.model, KNOWN.pairs, circuit, n_subsets=1),
+        "added": minimality(KNOWN.model, KNOWN.pairs, circuit, n_subsets=0),
+    }
+    for name, result in found.items():
+        assert result.plot().get_ylabel() == name
+        frame = result.summary(n_resamples=50)
+        assert "recovered" not in frame
+        assert frame[name].tolist() == pytest.approx(result.recovered.tolist())
+        assert "logit_diff" in result.plot(of="values").get_ylabel()
 
 
 def test_bad_circuits_are_refused(model, circuit):
@@ -241,6 +257,8 @@ def test_an_empty_circuit_has_no_parts():
     for method in (completeness, minimality):
         with pytest.raises(InputError, match="no part to take away"):
             method(KNOWN.model, KNOWN.pairs, nothing)
+        with pytest.raises(InputError, match="n_subsets is -1"):
+            method(KNOWN.model, KNOWN.pairs, nothing.complement(), n_subsets=-1)
 
 
 # ---- agreement with a known circuit

@@ -391,6 +391,7 @@ def flat(logits, pairs):
         ({"metric": "rank"}, "metric rank gives no gradient"),
         ({"metric": no_gradient}, "metric no_gradient gives no gradient"),
         ({"metric": flat}, "metric flat gives no gradient: its slope by every logit is zero"),
+        ({"metric": "kl", "direction": "noise"}, "metric kl gives no gradient in clean runs"),
         ({"site": "resid_prr"}, "Did you mean 'resid_pre'"),
         ({"site": []}, "at least one"),
         ({"direction": "up"}, "'denoise' or 'noise'"),
@@ -417,6 +418,11 @@ def test_where_gradients_are_switched_off_they_are_switched_on(model):
         found = attribution_patching(model, random_pairs(), site="z", progress=False)
         assert not torch.is_grad_enabled()
     assert found.values.abs().max() > 0
+
+
+def test_inference_mode_is_named(model):
+    with torch.inference_mode(), pytest.raises(InputError, match=r"torch.inference_mode\(\) is on"):
+        attribution_patching(model, random_pairs(), site="z", progress=False)
 
 
 def test_the_model_is_left_without_hooks_and_gradients():

@@ -221,3 +221,12 @@ def test_sides_of_unequal_length_and_prompts_of_ids(model):
         found.plot()
     with pytest.raises(InputError, match="no pair 1"):
         found.plot(pair=1)
+
+
+def test_shares_of_no_difference_are_not_drawn():
+    tiny = g4lens.load("tiny")
+    same = Pair("In Italy the capital is", "In Italy the capital is", " Rome")
+    found = integrated_gradients(tiny, same, metrics.logit, steps=2, progress=False)
+    assert not found.target.any() and found.plot().get_title()
+    with pytest.raises(InputError, match="have the same metric: plot 'values'"):
+        found.plot("recovered")

@@ -1,5 +1,8 @@
 """Dictionaries against their formulas written out, and hooks against plain runs."""
 
+import math
+
+import jaxtyping
 import pytest
 import torch
 
@@ -8,6 +11,8 @@ from g4lens.analysis.readouts.dictionaries import Dictionary
 from g4lens.analysis.readouts.feature_examples import feature_examples
 from g4lens.analysis.readouts.loss_recovered import loss_recovered
 from g4lens.errors import HookError, HookNameError, InputError
+from g4lens.model.gemma4 import Gemma4
+from tests.conftest import randomised
 
 from .shared import IN, KINDS, OUT, random_dictionary
 
@@ -62,6 +67,22 @@ def test_a_transcoder_does_not_subtract_its_outputs_bias():
     d = random_dictionary("relu")
     with pytest.raises(InputError, match="centred=False"):
         Dictionary(d.W_enc, d.b_enc, d.W_dec, d.b_dec, IN, OUT)
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip"])
+def test_a_matrix_the_wrong_way_round_is_named(name, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
+    d = random_dictionary("jumprelu", transcoder=True, skip=True)
+    x = getattr(d, name)
+    wrong = x.T if name in ("W_enc", "W_dec") else x[:-1]
+    with pytest.raises(InputError, match=r"is \(\d+.*\), expected \("):
+        Dictionary(**{**vars(d), name: wrong})
+
+
+def test_an_autoencoder_gives_what_it_gets():
+    d = random_dictionary("relu")
+    with pytest.raises(InputError, match=r"b_dec is \(31,\), expected \(32,\)"):
+        Dictionary(d.W_enc, d.b_enc, d.W_dec[:, :-1], d.b_dec[:-1], IN, IN)
 
 
 # ---- in a model
@@ -183,6 +204,11 @@ def test_a_point_without_rows_for_positions(model, point):
         identity(32, point).hooks(model)
 
 
+def test_no_examples_asked_for(model):
+    with pytest.raises(InputError, match="top is 0"):
+        feature_examples(model, identity(32), [torch.arange(3, 8)], 0, top=0)
+
+
 def test_a_feature_that_is_none(model):
     with pytest.raises(InputError, match="no feature 40, expected 0 to 39"):
         random_dictionary("relu").hooks(model, ablate=[40])
@@ -218,6 +244,16 @@ def test_what_reconstructs_everything_recovers_everything(model):
     assert found.recovered == pytest.approx(1, abs=1e-5)
     assert found.explained == pytest.approx(1, abs=1e-5)
     assert found.n_tokens == 4
+
+
+def test_where_zeros_cost_nothing_there_is_nothing_to_recover(cfg):
+    silent = randomised(Gemma4(cfg))
+    with torch.no_grad():
+        silent.blocks[3].ln2_post.weight.zero_()
+    d = identity(32, "blocks.3.hook_mlp_out")
+    found = loss_recovered(silent, d, [torch.arange(3, 12)])
+    assert math.isnan(found.recovered) and math.isnan(found.explained)
+    assert found.loss == found.with_zero and "nan%" in repr(found)
 
 
 def test_a_position_without_a_next_token(model):

@@ -102,6 +102,7 @@ def test_a_bundled_fact_is_selective():
         ({"clusters": [0] * 48}, "stands in 1 clusters, expected one for each of 4 folds"),
         ({"items": ["one"] * 48}, r"all rows are of one item \('one'\)"),
         ({"folds": 1}, "folds is 1"),
+        ({"penalty": 0}, "penalty is 0"),
         ({"layers": 10}, "no block 10"),
         ({"site": "resid"}, "no site is called 'resid'"),
     ],

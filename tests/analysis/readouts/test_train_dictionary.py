@@ -5,10 +5,12 @@ from itertools import repeat
 import pytest
 import torch
 
+import g4lens
 from g4lens.analysis.readouts.activations import activations
 from g4lens.analysis.readouts.train_dictionary import Learner, shuffled, train_dictionary
 from g4lens.analysis.readouts.untrained import untrained
 from g4lens.errors import HookNameError, InputError
+from g4lens.quantize import Packed
 
 from .shared import IN
 
@@ -139,3 +141,48 @@ def test_an_untrained_model_keeps_sizes_and_knows_nothing(model, tokens):
         else:
             torch.testing.assert_close(now.std(), was.std(), rtol=0.3, atol=0.01)
     assert torch.equal(untrained(model)(tokens), other(tokens))
+
+
+def test_nothing_is_left_of_the_bundled_model():
+    """Nor of what it was initialised with, by a generator of the same seed."""
+    tiny = g4lens.load("tiny", device="cpu")
+    assert likeness(tiny, untrained(tiny)) < 0.2
+
+
+def likeness(one, other) -> float:
+    """The largest correlation of a large matrix with its counterpart."""
+    both = zip(one.parameters(), other.parameters(), strict=True)
+    large = [(a.flatten(), b.flatten()) for a, b in both if a.ndim > 1 and a.numel() > 1000]
+    return max(abs(float(torch.corrcoef(torch.stack(pair))[0, 1])) for pair in large)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_nothing_is_left_of_weights_in_few_bits(kind):
+    tiny = g4lens.load("tiny", device="cpu", quantize=kind)
+    other, again = untrained(tiny), untrained(tiny)
+    for name, part in tiny.named_modules():
+        if isinstance(part, Packed):
+            was, now = part.weight, other.get_submodule(name).weight
+            assert type(other.get_submodule(name)) is type(part)
+            torch.testing.assert_close(now.std(), was.std(), rtol=0.3, atol=0.01)
+            if was.numel() > 1000:
+                assert torch.corrcoef(torch.stack([was.flatten(), now.flatten()]))[0, 1].abs() < 0.2
+    prompt = "In Italy the capital is"
+    assert torch.equal(other(prompt), again(prompt)) and torch.isfinite(other(prompt)).all()
+
+
+@pytest.mark.parametrize("place", ["ram", "disk"])
+def test_tables_on_the_host_give_each_row_to_another_token(place):
+    tiny = g4lens.load("tiny", device="cpu", ple=place, embed=place)
+    other, n = untrained(tiny), tiny.cfg.d_vocab
+    ids = torch.arange(n)
+    for table in ("embed.tokens", "embed.ple_tokens"):
+        was, now = (m.get_submodule(table)(ids) for m in (tiny, other))
+        assert (was != now).any(1).float().mean() > 0.9
+        torch.testing.assert_close(was.sum(1).sort().values, now.sum(1).sort().values)
+        x = torch.randn(2, was.shape[1], generator=torch.Generator().manual_seed(0))
+        products = other.get_submodule(table).products(x)
+        torch.testing.assert_close(products, x @ now.T, atol=1e-4, rtol=1e-4)
+    prompt = "In Italy the capital is"
+    assert torch.isfinite(other(prompt)).all()
+    assert not torch.allclose(other(prompt), tiny(prompt))

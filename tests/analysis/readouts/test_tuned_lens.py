@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from g4lens.analysis.logit_lens import logit_lens
@@ -95,14 +96,14 @@ def test_a_float64_model(cfg, prompts):
 
 
 def test_what_is_saved_is_loaded(model, lens, tmp_path):
-    lens.save(tmp_path / "lens.safetensors")
-    loaded = load_tuned_lens(tmp_path / "lens.safetensors", model)
+    lens.save(tmp_path / "new" / "lens.safetensors")
+    loaded = load_tuned_lens(tmp_path / "new" / "lens.safetensors", model)
     for name in ("weights", "biases", "kl", "untuned_kl"):
         assert torch.equal(getattr(loaded, name), getattr(lens, name)), name
     assert (loaded.layers, loaded.site, loaded.geometry) == (
         lens.layers, lens.site, lens.geometry,
     )  # fmt: skip
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("new/*.partial"))
 
 
 def test_another_model_is_refused(model, lens, tmp_path, tokens):
@@ -124,6 +125,30 @@ def test_no_lens_in_the_file(model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "edit",
+    [
+        lambda about, x: ("[", x),
+        lambda about, x: ("[]", x),
+        lambda about, x: (json.dumps({**about, "layers": [2]}), x),
+        lambda about, x: (json.dumps({**about, "more": 1}), x),
+        lambda about, x: (json.dumps({k: v for k, v in about.items() if k != "site"}), x),
+        lambda about, x: (json.dumps(about), {**x, "biases": x["biases"][:, :5].clone()}),
+        lambda about, x: (json.dumps(about), {k: v for k, v in x.items() if k != "kl"}),
+    ],
+)
+def test_a_lens_that_was_tampered_with(model, lens, tmp_path, edit):
+    path = tmp_path / "lens.safetensors"
+    lens.save(path)
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["g4lens"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    text, tensors = edit(about, tensors)
+    save_file(tensors, path, metadata={"g4lens": text})
+    with pytest.raises(WeightsError, match="holds no tuned lens"):
+        load_tuned_lens(path, model)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"site": "attn_out"}, "site is 'attn_out'"),
@@ -140,3 +165,4 @@ def test_what_cannot_be_trained(model, prompts, options, message):
 def test_a_block_that_it_has_not(model, lens, tokens):
     with pytest.raises(InputError, match="has no block 3, it has 2, 8, 9"):
         lens.read(model, tokens[:1], layers=[3])
+    assert lens.read(model, tokens[:1], layers=None).layers == lens.layers

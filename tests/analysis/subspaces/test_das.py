@@ -112,6 +112,40 @@ def test_parts_of_the_check_add_up(model, pairs):
     assert "illusory" in repr(everything)
 
 
+@pytest.mark.parametrize("metric", ["logit_diff.pre_cap", "log_prob"])
+def test_the_check_measures_with_one_metric_throughout(model, pairs, metric):
+    """Where the whole of what is read is exchanged, all of any metric comes back."""
+    unit = Unit("resid_post", 9, position="end")
+    found = dormant_check(model, pairs, unit, torch.eye(32), metric, share=1.0)
+    assert found.recovered["whole"] == pytest.approx(1, abs=1e-4)
+
+
+def flat(logits, pairs):
+    return logits[:, 0, 5].round()
+
+
+def argmax(logits, pairs):
+    return logits[:, 0].argmax(-1).float()
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("rank", "metric rank gives no gradient"),
+        (argmax, "metric argmax gives no gradient"),
+        (flat, "its slope by every logit is zero"),
+        (lambda logits, pairs: logits.sum(), r"returned \(\), expected a tensor \[rows\]"),
+        (lambda logits, pairs: 3.0, "returned float"),
+        ("kl", "metric kl is teacher-forced or never normalised"),
+    ],
+)
+def test_metrics_that_the_check_cannot_use(model, pairs, metric, message):
+    unit = Unit("resid_pre", 3, position="there")
+    with pytest.raises(InputError, match=message):
+        dormant_check(model, pairs, unit, basis_of(2, 32), metric)
+    assert not any(point.is_hung for point in model.hook_points.values())
+
+
 def test_the_check_takes_no_gradient_of_the_model(model, pairs):
     dormant_check(model, pairs, Unit("z", 4, head=1, position="end"), basis_of(2, 16))
     assert all(weight.grad is None for weight in model.parameters())
@@ -140,6 +174,8 @@ def test_bad_input(model, pairs):
     no_foil = Pairs([Pair(p.clean, p.corrupted, p.answer, positions=p.positions) for p in pairs])
     with pytest.raises(InputError, match="needs a foil"):
         das(model, no_foil, there, progress=False)
+    with pytest.raises(InputError, match="needs a foil"):  # before there is a split to complain of
+        das(model, no_foil[0], there, progress=False)
     for bad, message in (
         (basis[:, :5], r"expected a tensor \[k, 32\]"),
         (2 * basis, "not orthonormal"),

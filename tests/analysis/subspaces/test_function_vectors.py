@@ -6,8 +6,9 @@ import torch
 import g4lens
 from g4lens import planted
 from g4lens.analysis.metrics import logit_diff
-from g4lens.analysis.pairs import Pairs
+from g4lens.analysis.pairs import Pair, Pairs
 from g4lens.analysis.patching import activation_patching
+from g4lens.analysis.runs import measure
 from g4lens.analysis.sites import Unit
 from g4lens.analysis.subspaces.function_vectors import function_vector
 from g4lens.analysis.vectors import steering
@@ -29,14 +30,68 @@ def found(tiny, pairs):
     return function_vector(tiny, pairs, n_heads=6, progress=False)
 
 
-def test_heads_are_those_with_the_largest_effect(tiny, pairs, found):
-    result = activation_patching(
-        tiny, pairs, "log_prob", site="z", positions=["end"], progress=False
-    )
-    effect = result.effect.mean(0)[..., 0]
+def test_heads_are_those_with_the_largest_effect(found):
+    effect = found.effects.effect.mean(0)[..., 0]
     named = [float(effect[unit.layer, unit.head]) for unit in found.heads]
     assert named == sorted(named, reverse=True)
     assert named[-1] == pytest.approx(float(effect.flatten().sort().values[-6]))
+
+
+def test_an_effect_is_that_of_the_mean_over_the_clean_prompts(tiny, pairs, found):
+    for layer, head in [(0, 1), (4, 3), (tiny.cfg.horizon, 0), (14, 2)]:
+        name = f"blocks.{layer}.attn.hook_z"
+        z = [tiny.run_with_cache(pair.clean, name)[1][name][0, -1, head] for pair in pairs]
+        mean = torch.stack(z).mean(0)
+
+        def put(x, hook, mean=mean, head=head):
+            x[:, -1, head] = mean
+
+        expected = torch.zeros(len(pairs))
+        for group in pairs.on(tiny, "log_prob"):
+            expected[group.index] = measure(tiny, group, "corrupted", "log_prob", [(name, put)])
+        cell = found.effects.per_pair[:, layer, head, 0]
+        torch.testing.assert_close(cell, expected, atol=1e-4, rtol=1e-4)
+    assert found.effects.about["ablation_value"] == "mean of the clean runs"
+
+
+def test_prompts_of_unequal_length_have_one_mean(model):
+    """Of a single pair it is the pair's own, and the effect that of patching."""
+    random = torch.Generator().manual_seed(0)
+    sides = [torch.randint(3, 90, (n,), generator=random) for n in (8, 6, 11, 9)]
+    pairs = Pairs([Pair(sides[0], sides[1], 5, 6), Pair(sides[2], sides[3], 7, 8)])
+    alone = function_vector(model, pairs[:1], 1, logit_diff, progress=False).effects
+    patched = activation_patching(
+        model, pairs[:1], logit_diff, site="z", positions=["end"], progress=False
+    )
+    torch.testing.assert_close(alone.per_pair, patched.per_pair, atol=1e-5, rtol=1e-5)
+    both = function_vector(model, pairs, 1, logit_diff, progress=False).effects
+    name = "blocks.7.attn.hook_z"
+    z = [model.run_with_cache(ids[None], name)[1][name][0, -1, 2] for ids in sides[::2]]
+
+    def put(x, hook):
+        x[:, -1, 2] = sum(z) / 2
+
+    for i, pair in enumerate(pairs):
+        logits = model.run_with_hooks(pair.corrupted[None], fwd_hooks=[(name, put)])[0, -1]
+        expected = logits[pair.answer] - logits[pair.foil]
+        torch.testing.assert_close(both.per_pair[i, 7, 2, 0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_forced_metric_counts_both_answers(model):
+    random = torch.Generator().manual_seed(0)
+    clean, corrupted = torch.randint(3, 90, (2, 8), generator=random)
+    pair = Pair(clean, corrupted, [5, 6, 7], [8, 9])
+    found = function_vector(model, pair, 1, "seq_log_prob_diff", progress=False).effects
+    patched = activation_patching(
+        model, pair, "seq_log_prob_diff", site="z", positions=["end"], progress=False
+    )
+    torch.testing.assert_close(found.per_pair, patched.per_pair, atol=1e-4, rtol=1e-4)
+    with model.hooks([("blocks.2.hook_mlp_out", lambda x, hook: 2 * x)]):
+        found = function_vector(model, pair, 1, "seq_log_prob_diff", progress=False).effects
+        patched = activation_patching(
+            model, pair, "seq_log_prob_diff", site="z", positions=["end"], progress=False
+        )
+    torch.testing.assert_close(found.per_pair, patched.per_pair, atol=1e-4, rtol=1e-4)
 
 
 def test_writes_are_the_heads_parts_of_the_stream(tiny, pairs, found):
