@@ -236,7 +236,8 @@ def _checked(
     batch = prepare(inputs, model.processor, cfg)
     if (longest := int(batch.lengths.max())) + max_new_tokens > cfg.n_ctx:
         raise InputError(
-            f"{longest} tokens and {max_new_tokens} new ones exceed the context of {cfg.n_ctx}"
+            f"{longest:,} tokens and {max_new_tokens:,} new ones exceed the context of "
+            f"{cfg.n_ctx:,}: at most {max(0, cfg.n_ctx - longest):,} fit"
         )
     if stop_tokens is None:
         end_of_turn = (

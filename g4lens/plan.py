@@ -250,7 +250,7 @@ def _chunk(model: Gemma4, options: Options, before: int, n: int) -> dict[str, in
         tokens = torch.zeros(batch, n, dtype=torch.int64, device="meta")
         rows = Rows(torch.arange(n, device="meta").expand(batch, -1), before)
         read = None if options.read == "all" else tokens[:, :1]
-        past = _past(model, before, batch)
+        past = _past(model, before, batch, options.chunk or n)
         # what a call returns and what enters it are unnamed there too
         state = model.run(model.begin(tokens, rows, tokens[:, 0], past=past), read=read)
         del past
@@ -263,11 +263,15 @@ def _chunk(model: Gemma4, options: Options, before: int, n: int) -> dict[str, in
     }
 
 
-def _past(model: Gemma4, before: int, batch: int) -> KeyValues:
-    """The keys and values of so many positions, as chunks before leave them."""
+def _past(model: Gemma4, before: int, batch: int, chunk: int) -> KeyValues:
+    """The keys and values of so many positions, as chunks before leave them.
+
+    Those of a local block are its window's and the chunk's: what leaves the window goes when the
+    next chunk is written.
+    """
     cfg, kv, dtype = model.cfg, KeyValues(), model.embed.ple_context.weight.dtype
     for layer in range(cfg.horizon + 1) if before else ():
-        kept = before if cfg.is_global(layer) else min(before, cfg.sliding_window - 1)
+        kept = before if cfg.is_global(layer) else min(before, cfg.sliding_window - 1 + chunk)
         shape = (batch, kept, cfg.n_kv_heads, cfg.d_head(layer))
         kv.keys[layer], kv.values[layer] = (
             torch.empty(shape, dtype=dtype, device="meta") for _ in range(2)

@@ -42,8 +42,10 @@ def check_memory(
         return
     smaller, less = source, need
     for saving in SAVINGS:
-        smaller = replace(smaller, **saving)
-        if (less := needed(files, names, smaller, device)) <= free:
+        saved = replace(smaller, **saving)
+        if (now := needed(files, names, saved, device)) < less:  # a table may be mapped as it is
+            smaller, less = saved, now
+        if less <= free:
             break
     changes = {x: getattr(smaller, x) for saving in SAVINGS for x in saving}
     options = [f"{x}={value!r}" for x, value in changes.items() if value != getattr(source, x)]

@@ -127,10 +127,17 @@ class HostTable(nn.Module):
             out[..., start:stop] = F.linear(x, self._between(start, stop).to(x))
         return out
 
+    def check(self) -> None:
+        """Refuse a file that was cut short, wherever: other weights may be mapped from it.
+
+        Raises: WeightsError.
+        """
+        if os.fstat(self._fd).st_size < self._size:
+            raise self._cut()
+
     def _between(self, start: int, stop: int) -> Float[Tensor, "some width"]:
         """The rows from `start` up to `stop`."""
-        if os.fstat(self._fd).st_size < self._size:  # all of the file: others may be mapped from it
-            raise self._cut()
+        self.check()
         if self._mapped is not None:
             return self._mapped[start:stop]
         rows = torch.empty(stop - start, self.width, dtype=self.dtype)

@@ -99,16 +99,24 @@ class Watched(HookedModule):
                 one.
 
         Raises:
-            InputError: the objective is no scalar. HookNameError: as `run_with_cache`.
+            InputError: the objective is no scalar, or gives no gradient. HookNameError: as
+                `run_with_cache`.
         """
         inputs, cache, points, asked = self._watch(inputs, names_filter, kwargs.get("state"))
         save = cache.saver(None, keep_graph=True)
         hung = [(point, Hung(gradients=[None], savers=[save])) for point in points]
-        with torch.enable_grad(), hang(hung, asked):
-            value = objective(self(inputs, **kwargs))
+        with torch.enable_grad():
+            with hang(hung, asked):
+                out = self(inputs, **kwargs)
+            value = objective(out)  # which may run the model: what is watched is this run alone
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"the objective returned {found}, expected a tensor of one element")
+        if not value.requires_grad:
+            raise InputError(
+                "the objective gives no gradient: it must be computed from the logits by "
+                "differentiable steps"
+            )
         return WithGrads(value.detach(), *cache.differentiated(value))
 
     def _watch(

@@ -102,7 +102,7 @@ def test_a_seed_repeats(model, tokens):
         ({"temperature": 1.0, "top_k": 0}, "top_k is 0"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p is 1.5"),
         ({"top_k": 5}, "change nothing at temperature 0"),
-        ({"max_new_tokens": 1000}, "exceed the context of 512"),
+        ({"max_new_tokens": 1000}, "exceed the context of 512: at most 489 fit"),
         ({"stop_tokens": ["x"]}, "has no tokenizer"),
         ({"chunk": 0}, "chunk is 0"),
     ],

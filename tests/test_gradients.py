@@ -83,3 +83,21 @@ def test_an_objective_must_be_a_scalar(model, tokens):
         model.run_with_grads(tokens, lambda logits: logits)
     with pytest.raises(InputError, match="the objective returned float"):
         model.run_with_grads(tokens, lambda logits: logits.sum().item())
+
+
+def test_an_objective_must_have_a_gradient(model, tokens):
+    with pytest.raises(InputError, match="the objective gives no gradient"):
+        model.run_with_grads(tokens, lambda logits: logits.argmax(-1).sum())
+
+
+def test_an_objective_may_run_the_model(model, tokens):
+    """What it runs beside is not what is watched."""
+    name = "blocks.2.hook_resid_post"
+
+    def beside_another(logits):
+        return (logits - model(tokens.flip(1)).detach())[:, -1, 5].sum()
+
+    _, cache, grads = model.run_with_grads(tokens, beside_another, name)
+    plain = model.run_with_grads(tokens, lambda logits: logits[:, -1, 5].sum(), name)
+    assert torch.equal(cache[name], plain.cache[name])
+    torch.testing.assert_close(grads[name], plain.grads[name])

@@ -22,6 +22,7 @@ CACHED = "blocks.*.hook_resid_post"
         {"model": "tiny", "context": 512, "batch": 16, "read": "all", "cache": CACHED},
         {"model": "mid", "context": 2048},
         {"model": "mid", "context": 6000, "chunk": 1024, "cache": CACHED},
+        {"model": "mid", "context": 8192, "chunk": 2048},
     ],
 )
 def test_measured_peaks(run):

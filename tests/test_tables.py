@@ -170,6 +170,17 @@ def test_a_file_cut_short_while_in_use(folder, place, option):
     assert torch.equal(model(tokens), before)
 
 
+@pytest.mark.parametrize("place", HOST)
+@pytest.mark.parametrize("option", ["ple", "embed"])
+def test_a_file_cut_to_nothing(folder, place, option, seen_and_heard):
+    """Towers and the other table are mapped from the same file, and are not touched before."""
+    model = g4lens.load(folder, device="cpu", **{option: place})
+    os.truncate(folder / "model.safetensors", 0)
+    for inputs in (seen_and_heard, torch.stack(ids(9))):
+        with pytest.raises(WeightsError, match="cut short to 0 of"):
+            model(inputs)
+
+
 def test_a_disk_that_fails(saved, monkeypatch):
     table = g4lens.load(saved, device="cpu", ple="disk").embed.ple_tokens
 

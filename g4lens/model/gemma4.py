@@ -27,6 +27,7 @@ from g4lens.model.text import Read, Soft, TextModel
 from g4lens.model.vision import VisionTower
 from g4lens.resources import free_memory
 from g4lens.state import KeyValues, Positions, Rows, State, absolute
+from g4lens.tables import HostTable
 from g4lens.watch import Watched
 
 Inputs = str | Tensor | Prompt | Batch | Mapping[str, Any] | Sequence[Any]
@@ -140,6 +141,9 @@ class Gemma4(TextModel, Watched):
 
         `index` names the rows to read, on the CPU. Chunks read what any prompt of the batch reads.
         """
+        for part in self.embed.modules():  # before weights are read that the same file may hold
+            if isinstance(part, HostTable):
+                part.check()
         n, soft = batch.tokens.shape[1], self._soft_tokens(batch)
         kv = KeyValues(keep=stop is not None) if past is None else past
         rows, lengths = self._rows(batch, kv)
@@ -318,14 +322,19 @@ class Gemma4(TextModel, Watched):
             raise InputError(
                 "state= brings its own keys and values and rows: past= and chunk= go with inputs"
             )
+        if past is not None and not isinstance(past, KeyValues):
+            raise InputError(
+                f"past is a {type(past).__name__}, expected keys and values: those of a state are "
+                "state.kv"
+            )
         first = 0 if state is None else state.layer
         if stop is not None and not first <= stop <= self.cfg.n_layers:
             raise InputError(f"stop is {stop}, expected {first} to {self.cfg.n_layers}")
         self._check_chunk(chunk)
 
     def _check_chunk(self, chunk: int | None) -> None:
-        if chunk is not None and chunk < 1:
-            raise InputError(f"chunk is {chunk}, expected at least 1 position")
+        if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+            raise InputError(f"chunk is {chunk!r}, expected at least 1 position, a whole number")
 
     def _check_fits(self, n_positions: int) -> None:
         """Refuse a read whose logits could not be held: 1 MiB a position in E2B, in float32."""

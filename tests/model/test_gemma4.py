@@ -46,6 +46,10 @@ def test_inputs_or_a_state_but_not_both(model, tokens):
         model(state=state, chunk=3)
     with pytest.raises(InputError, match="stop is 3, expected 4 to 10"):
         model(state=state, stop=3)
+    with pytest.raises(InputError, match=r"past is a State, expected keys .* state\.kv"):
+        model(tokens, past=state)
+    with pytest.raises(InputError, match=r"chunk is 1\.5, expected at least 1"):
+        model(tokens, chunk=1.5)
 
 
 def test_logits_that_would_not_fit(model, tokens, monkeypatch):
