@@ -1,5 +1,6 @@
 """The command line: what it prints, and one clean line for every error."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ import torch
 
 import g4lens
 from g4lens import cli
-from g4lens.cli import info, tutorial
+from g4lens.cli import arguments, info, tutorial
 from g4lens.resources import bundled
 
 
@@ -174,6 +175,51 @@ def test_plan_tells_parts_and_what_fits(capsys, tmp_path):
     told = json.loads(capsys.readouterr().out)
     assert list(told["plans"]) == ["16", "8", "4"] and told["fits"]["total"] < told["free"]
     assert told["plans"]["16"]["parts"]["cached"] > 0
+
+
+def test_every_command_can_speak_json_or_be_quiet():
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert len(commands.choices) == 9
+    for name, parser in commands.choices.items():
+        assert {"--json", "--quiet"} <= parser._option_string_actions.keys(), name
+
+
+def test_quiet_commands_still_work(capsys, tmp_path, started):
+    picture, folder = tmp_path / "plan.svg", tmp_path / "x"
+    for command in (
+        ["info", "tiny"],
+        ["plan", "tiny", "--context", "8", "--out", str(picture)],
+        ["tutorial", str(folder)],
+    ):
+        assert cli.main([*command, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "") and picture.is_file() and len(started) == 1
+    assert cli.main(["info", "tinny", "--quiet"]) == 2
+    assert "Did you mean 'tiny'" in capsys.readouterr().err
+
+
+def test_tutorial_tells_json(capsys, tmp_path, started):
+    folder = tmp_path / "x"
+    for more in ([], ["--no-open", "--quiet"]):  # JSON that is asked for is printed
+        assert cli.main(["tutorial", str(folder), "--json", *more]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["folder"] == str(folder)
+        assert told["notebooks"] == ["00_start.ipynb", "01_more.ipynb"]
+        assert told["opened"] == (None if more else str(folder / "00_start.ipynb"))
+    assert len(started) == 1
+
+
+def test_json_has_no_infinity(capsys):
+    args = argparse.Namespace(json=True, quiet=False)
+    arguments.tell(args, {"a": [float("inf"), float("nan"), 0.1]}, lambda: "")
+    assert capsys.readouterr().out == '{"a": [null, null, 0.1]}\n'
+
+
+@pytest.mark.parametrize("memory", ["nan", "inf", "0", "-1", "much"])
+def test_plan_of_no_memory(memory, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", "tiny", "--context", "8", f"--memory={memory}"])
+    assert stop.value.code == 2
+    assert f"'{memory}', expected a number of GB above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """`g4lens cache` and `g4lens run`: specs into folders of results."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def cache(args: argparse.Namespace) -> None:
         "rows": store.n_rows,
         "bytes": sum(path.stat().st_size for path in store.store.files().values()),
     }
-    _tell(told, args)
+    arguments.tell(args, told, lambda: _lines(told))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,29 +56,29 @@ def run(args: argparse.Namespace) -> None:
     run_spec(args.spec, args.out, **arguments.how(args))
     store = UnitStore.open(args.out)
     left = len(store.missing())
-    told = {"folder": str(args.out), "units": len(store.units), "done": len(store.units) - left}
-    _tell({**told, "report": None if left else str(args.out / "report.html")}, args)
+    told = {
+        "folder": str(args.out),
+        "units": len(store.units),
+        "done": len(store.units) - left,
+        "report": None if left else str(args.out / "report.html"),
+    }
+    arguments.tell(args, told, lambda: _lines(told))
 
 
 def _plan(experiment: Any, args: argparse.Namespace) -> None:
     """What a run would cost."""
     plan = experiment.plan()
     total = {name: plan[name].sum().item() for name in ("units", "cells", "passes", "seconds")}
-    if args.json:
-        rows = plan.to_dict("records")
-        print(json.dumps({"plan": rows, "total": total, "absent": experiment.absent}), flush=True)
-    elif not args.quiet:
-        print(plan.to_string(index=False))
-        for name, why in experiment.absent.items():
-            print(f"no {name} control: {why}")
-        told = ", ".join(f"{value:,.4g} {name}" for name, value in total.items())
-        print(f"in all {told}", flush=True)
+
+    def text() -> str:
+        absent = (f"no {name} control: {why}" for name, why in experiment.absent.items())
+        counted = ", ".join(f"{value:,.4g} {name}" for name, value in total.items())
+        return "\n".join([plan.to_string(index=False), *absent, f"in all {counted}"])
+
+    told = {"plan": plan.to_dict("records"), "total": total, "absent": experiment.absent}
+    arguments.tell(args, told, text)
 
 
-def _tell(told: dict[str, Any], args: argparse.Namespace) -> None:
+def _lines(told: dict[str, Any]) -> str:
     """A few facts, one a line."""
-    if args.json:
-        print(json.dumps(told), flush=True)
-    elif not args.quiet:
-        lines = (f"{key:<8} {value}" for key, value in told.items() if value is not None)
-        print("\n".join(lines), flush=True)
+    return "\n".join(f"{key:<8} {value}" for key, value in told.items() if value is not None)

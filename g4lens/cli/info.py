@@ -1,9 +1,10 @@
 """`g4lens info`: geometry, blocks, parameters and hooks of a model."""
 
-import json
+import argparse
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -18,21 +19,27 @@ def add(commands: arguments.Commands) -> None:
     parser = commands.add_parser("info", help="geometry, blocks, parameters and hooks of a model")
     arguments.folder(parser, "name", help='"tiny", a folder, or a name on the hub')
     parser.add_argument("--revision", help="branch, tag or commit of a model on the hub")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
-    parser.set_defaults(
-        do=lambda args: print(info(args.name, args.revision, args.json), flush=True)
-    )
+    arguments.printing(parser)
+    parser.set_defaults(do=info)
 
 
-def info(name: str, revision: str | None = None, as_json: bool = False) -> str:
-    """What a model is, from its `config.json` alone. Errors: those of `g4lens.load`."""
-    cfg = Gemma4Config.from_json(resolve(name, revision, ["config.json"])[0])
+def info(args: argparse.Namespace) -> None:
+    """Tell what a model is, from its `config.json` alone. Errors: those of `g4lens.load`."""
+    cfg = Gemma4Config.from_json(resolve(args.name, args.revision, ["config.json"])[0])
     with torch.device("meta"):
         model = Gemma4(cfg)
-    if not as_json:
-        parts = [_geometry(name, cfg), _blocks(cfg), _parameters(model), _hooks(model)]
-        return "\n\n".join(parts)
-    told = {
+    arguments.tell(args, _facts(args.name, model), lambda: _text(args.name, model))
+
+
+def _text(name: str, model: Gemma4) -> str:
+    cfg = model.cfg
+    parts = [_geometry(name, cfg), _blocks(cfg), _parameters(model), _hooks(model)]
+    return "\n\n".join(parts)
+
+
+def _facts(name: str, model: Gemma4) -> dict[str, Any]:
+    cfg = model.cfg
+    return {
         "name": name,
         "config": asdict(cfg),
         "horizon": cfg.horizon,
@@ -40,7 +47,6 @@ def info(name: str, revision: str | None = None, as_json: bool = False) -> str:
         "parameters": _counts(model),
         "hook_points": {point.name: point.axes for point in model.hook_points.values()},
     }
-    return json.dumps(told)
 
 
 def _geometry(name: str, cfg: Gemma4Config) -> str:

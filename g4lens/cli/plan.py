@@ -1,7 +1,7 @@
 """`g4lens plan`: what memory a run will need, before anything is fetched or loaded."""
 
 import argparse
-import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -41,35 +41,45 @@ def add(commands: arguments.Commands) -> None:
         parser.add_argument(f"--{table}", default="device", help="device, ram or disk")
     for tower in ("vision", "audio"):
         parser.add_argument(f"--no-{tower}", dest=tower, action="store_false")
-    parser.add_argument("--memory", type=float, metavar="GB", help="of the machine; else this one")
+    parser.add_argument("--memory", type=_bytes, metavar="GB", help="of the machine; else this one")
     parser.add_argument("--out", type=Path, help="draw the parts: plan.svg, plan.png or plan.pdf")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
-    parser.set_defaults(do=lambda args: print(_told(args), flush=True))
+    arguments.printing(parser)
+    parser.set_defaults(do=tell_plan)
 
 
-def _told(args: argparse.Namespace) -> str:
-    """The plan that the arguments ask for, as text or JSON; drawn as well if they name a file."""
+def tell_plan(args: argparse.Namespace) -> None:
+    """Tell the plan that the arguments ask for; draw it as well if they name a file."""
     names = ("context", "batch", "chunk", "dtype", "cache", "read", "ple", "embed")
     asked = {name: getattr(args, name) for name in (*names, "vision", "audio")}
     options = Options(**asked)
     cfg = geometry(args.name, args.revision)
-    free = _free() if args.memory is None else int(args.memory * 1e9)
+    free = _free() if args.memory is None else args.memory
     plans = {bits: plan(cfg, replace(options, quantize=q)) for q, bits in BITS.items()}
     best = fitting(cfg, options, free)
     flop = args.batch * _flop(cfg, args.context)
     if args.out is not None:
         _draw({f"{bits} bit": p.parts for bits, p in plans.items()}, free, args.out)
-    if args.json:
-        fits = None if best is None else best.to_dict()
-        told = {"name": args.name, "free": free, "flop": flop, "fits": fits}
-        return json.dumps(told | {"plans": {bits: p.to_dict() for bits, p in plans.items()}})
+    fits = None if best is None else best.to_dict()
+    told = {"name": args.name, "free": free, "flop": flop, "fits": fits}
+    told["plans"] = {bits: p.to_dict() for bits, p in plans.items()}
     lines = [
         f"{args.name}: {args.batch} x {args.context:,} tokens, {args.dtype}, logits: {args.read}",
         *_table(plans, free),
         f"{free / 1e9:.2f} GB are free: {_advice(plans[16], best)}",
         f"about {flop / 1e12:,.3g} TFLOP with read=-1",
     ]
-    return "\n".join(lines)
+    arguments.tell(args, told, lambda: "\n".join(lines))
+
+
+def _bytes(text: str) -> int:
+    """A number of GB as bytes; argparse tells of the error."""
+    try:
+        gigabytes = float(text)
+    except ValueError:
+        gigabytes = math.nan
+    if not 0 < gigabytes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number of GB above 0")
+    return int(gigabytes * 1e9)
 
 
 def geometry(name: str, revision: str | None = None) -> Gemma4Config:

@@ -3,8 +3,13 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from g4lens.cli import arguments
+
+if TYPE_CHECKING:
+    from g4lens.experiment.record import Verdict
+    from g4lens.experiment.store import UnitStore
 
 
 def add(commands: arguments.Commands) -> None:
@@ -12,8 +17,12 @@ def add(commands: arguments.Commands) -> None:
     verify_parser = commands.add_parser(
         "verify", help="compare a run with its hashes, and run some units again"
     )
-    arguments.folder(verify_parser, "run", type=Path, help="the folder of a run")
-    verify_parser.add_argument("--units", type=int, default=3, metavar="K", help="3 by default")
+    arguments.folder(
+        verify_parser, "run", type=Path, help="the folder of a run, or of cached activations"
+    )
+    verify_parser.add_argument(
+        "--units", type=int, default=3, metavar="K", help="of a run, to run again; 3 by default"
+    )
     verify_parser.set_defaults(do=verify)
 
     report_parser = commands.add_parser("report", help="runs of one model and pairs side by side")
@@ -25,15 +34,25 @@ def add(commands: arguments.Commands) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Tell whether a run is what it says: 1 if not."""
+    """Tell whether a run, or cached activations, are what they say: 1 if not."""
     from g4lens.experiment.record import Run  # pyarrow, pydantic
+    from g4lens.experiment.store import UnitStore
 
-    verdict = Run(args.run).verify(args.units)
-    if args.json:
-        print(json.dumps({"passed": verdict.passed, **vars(verdict)}), flush=True)
-    elif not args.quiet:
-        print(verdict, flush=True)
+    store = UnitStore.open(args.run)
+    is_cache = store.spec.get("kind") == "activations"
+    verdict = _of_cache(store) if is_cache else Run(args.run).verify(args.units)
+    arguments.tell(args, {"passed": verdict.passed, **vars(verdict)}, lambda: str(verdict))
     return 0 if verdict.passed else 1
+
+
+def _of_cache(store: "UnitStore") -> "Verdict":
+    """Every file of cached activations beside its hash; nothing is computed again."""
+    from g4lens.experiment.record import Verdict
+
+    n = len(store.files())
+    return Verdict(
+        tuple(store.verify()), (f"the hashes of {n} units, none of which was run again",)
+    )
 
 
 def report(args: argparse.Namespace) -> None:
@@ -43,9 +62,6 @@ def report(args: argparse.Namespace) -> None:
     several = compare(args.runs)
     if args.out is not None:
         several.write(args.out)
-    if args.json:
-        rows = json.loads(str(several.long.to_json(orient="records", double_precision=15)))
-        told = {"runs": list(several.runs), "differences": several.differences, "cells": rows}
-        print(json.dumps(told), flush=True)
-    elif not args.quiet:
-        print(several, flush=True)
+    rows = json.loads(str(several.long.to_json(orient="records", double_precision=15)))
+    told = {"runs": list(several.runs), "differences": several.differences, "cells": rows}
+    arguments.tell(args, told, lambda: str(several))

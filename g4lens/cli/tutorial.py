@@ -1,5 +1,6 @@
 """`g4lens tutorial`: the notebooks, to work in."""
 
+import argparse
 import filecmp
 import os
 import shutil
@@ -17,12 +18,34 @@ def add(commands: arguments.Commands) -> None:
     parser = commands.add_parser("tutorial", help="copy the notebooks and open them")
     arguments.folder(parser, "folder", nargs="?", default="g4lens_tutorial", type=Path)
     parser.add_argument("--no-open", action="store_true", help="copy them only")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    parser.set_defaults(do=lambda args: tutorial(args.folder, not args.no_open, args.quiet))
+    arguments.printing(parser)
+    parser.set_defaults(do=tutorial)
 
 
-def tutorial(folder: Path, open_it: bool = True, quiet: bool = False) -> None:
+def tutorial(args: argparse.Namespace) -> None:
     """Copy the notebooks to a folder and open them in JupyterLab, on this machine only.
+
+    Errors: those of `copied`.
+    """
+    copies = copied(args.folder, not args.no_open)
+    told = {
+        "folder": str(args.folder.resolve()),
+        "notebooks": [path.name for path in copies],
+        "opened": None if args.no_open else str(copies[0]),
+    }
+    arguments.tell(args, told, lambda: f"{len(copies)} notebooks in {told['folder']}")
+    if not args.no_open:
+        options = ["--ip=127.0.0.1", "--KernelManager.transport_encryption=auto"]
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            options.append("--allow-root")  # JupyterLab does not start for root without it
+        # In place of this process, so that Ctrl-C is JupyterLab's own.
+        os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *options, str(copies[0])])
+
+
+def copied(folder: Path, open_it: bool = True) -> list[Path]:
+    """Copy the notebooks, if they can be opened, should they be.
+
+    Returns: the copies, the first one first.
 
     Raises:
         InputError: a notebook there was changed, the folder cannot be written to, JupyterLab is not
@@ -50,12 +73,4 @@ def tutorial(folder: Path, open_it: bool = True, quiet: bool = False) -> None:
             shutil.copyfile(source, folder / source.name)
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error}): name another folder") from None
-    if not quiet:
-        print(f"{len(sources)} notebooks in {folder.resolve()}", flush=True)
-    if open_it:
-        options = ["--ip=127.0.0.1", "--KernelManager.transport_encryption=auto"]
-        if hasattr(os, "geteuid") and os.geteuid() == 0:
-            options.append("--allow-root")  # JupyterLab does not start for root without it
-        # In place of this process, so that Ctrl-C is JupyterLab's own.
-        jupyter = [sys.executable, "-m", "jupyterlab", *options, str(folder / sources[0].name)]
-        os.execv(sys.executable, jupyter)
+    return [folder / source.name for source in sources]

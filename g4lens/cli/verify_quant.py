@@ -1,7 +1,7 @@
 """`g4lens verify-quant`: what 8 or 4 bits make of a model's predictions."""
 
 import argparse
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ def add(commands: arguments.Commands) -> None:
     )
     parser.add_argument("--quantize", choices=["int8", "int4"], default="int4")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    arguments.printing(parser)
     parser.set_defaults(do=verify_quant)
 
 
 def verify_quant(args: argparse.Namespace) -> None:
-    """Print divergence and agreement, prompt by prompt and in all."""
+    """Tell divergence and agreement, prompt by prompt and in all."""
     from g4lens.analysis.quantisation import quantisation_error
     from g4lens.experiment.prompts_file import read_prompts
 
@@ -37,14 +37,22 @@ def verify_quant(args: argparse.Namespace) -> None:
     found = quantisation_error(args.name, read_prompts(args.prompts), args.quantize, **options)
     rows = list(zip(found.kl, found.agreement, found.n_positions, strict=True))
     total = found.total_kl, found.total_agreement, sum(found.n_positions)
-    if args.json:
-        keys = ("kl", "agreement", "positions")
-        told = {"prompts": [dict(zip(keys, row, strict=True)) for row in rows]}
-        print(json.dumps({**told, "all": dict(zip(keys, total, strict=True))}), flush=True)
-        return
-    print(f"{args.name} in {args.quantize} beside bfloat16")
-    print("  prompt  positions  KL (nats)  same likeliest token")
-    for i, (kl, agreement, n) in enumerate(rows):
-        print(f"  {i:>6}  {n:>9,}  {kl:>9.4f}  {agreement:>20.1%}")
-    kl, agreement, n = total
-    print(f"  {'all':>6}  {n:>9,}  {kl:>9.4f}  {agreement:>20.1%}", flush=True)
+    keys = ("kl", "agreement", "positions")
+    told = {
+        "prompts": [dict(zip(keys, row, strict=True)) for row in rows],
+        "all": dict(zip(keys, total, strict=True)),
+    }
+    heading = f"{args.name} in {args.quantize} beside bfloat16"
+    arguments.tell(args, told, lambda: "\n".join([heading, *_table([*rows, total])]))
+
+
+def _table(rows: Sequence[tuple[float, float, int]]) -> list[str]:
+    """A line for each prompt, and the last one for all."""
+    names = [*range(len(rows) - 1), "all"]
+    return [
+        "  prompt  positions  KL (nats)  same likeliest token",
+        *(
+            f"  {name:>6}  {n:>9,}  {kl:>9.4f}  {agreement:>20.1%}"
+            for name, (kl, agreement, n) in zip(names, rows, strict=True)
+        ),
+    ]

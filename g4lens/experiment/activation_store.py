@@ -6,24 +6,25 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from g4lens.errors import CacheError, InputError, did_you_mean, listed
 from g4lens.experiment.export import Piece, write_dataset
-from g4lens.experiment.index import beside
+from g4lens.experiment.index import beside, has_own
 from g4lens.experiment.shards import Shard
 from g4lens.experiment.store import UnitStore
 
 
 class _Place(NamedTuple):
-    """Where an activation of one unit is: its file, and the rows of each prompt in it."""
+    """Where activations of one unit are: their file, and the rows of each prompt in it."""
 
     shard: Shard
     first: int  # number of the unit's first prompt
     offsets: list[int]
-    positions: list[int]
+    positions: np.ndarray  # a list of them would take five times the memory
     lengths: list[int]
 
     def span(self, prompt: int) -> tuple[int, int]:
@@ -123,7 +124,7 @@ class ActivationStore:
     def positions(self, prompt: int, name: str) -> list[int]:
         """Which positions the rows of an activation are. Raises: CacheError: no such one."""
         place = self._at(prompt, name)
-        return place.positions[slice(*place.span(prompt))]
+        return place.positions[slice(*place.span(prompt))].tolist()
 
     def tokens(self, prompt: int, name: str) -> Int[Tensor, "row"]:
         """The token ids at the rows of an activation. Raises: CacheError: no such one."""
@@ -138,15 +139,17 @@ class ActivationStore:
             n = self.spec["prompts"]["n"]
             todo = f", of which {len(self)} are there" if 0 <= prompt < n else ""
             raise CacheError(f"no prompt {prompt}, the set has 0 to {n - 1}{todo}")
-        return self._place(self._unit_of[prompt], name)
+        unit = self._unit_of[prompt]
+        return self._place(unit, name if has_own(self._shard(unit), name) else "")
 
     def _read_place(self, unit: str, name: str) -> _Place:
+        """Of an activation with rows of its own, or of all others."""
         shard = self._shard(unit)
         return _Place(
             shard,
             int(shard.tensor("prompts")[0]),
             beside(shard, name, "offsets").tolist(),
-            beside(shard, name, "positions").tolist(),
+            beside(shard, name, "positions").numpy(),
             shard.tensor("lengths").tolist(),
         )
 
@@ -164,7 +167,7 @@ class ActivationStore:
             name: of the activation.
             size: rows of each batch but the last.
             seed: another one gives another order, on any machine.
-            buffer: bytes of rows held at a time.
+            buffer: bytes of rows to mix at a time; while they are mixed, twice as many are held.
 
         Raises: CacheError: no such activation. InputError: a size that is none.
         """
@@ -181,10 +184,12 @@ class ActivationStore:
             if i + 1 < len(order) and sum(x.nbytes for x in held) < buffer:
                 continue
             mixed = torch.cat(held)
+            held.clear()
             mixed = mixed[torch.randperm(len(mixed), generator=random)]
             whole = len(mixed) if i + 1 == len(order) else len(mixed) - len(mixed) % size
             yield from (mixed[k : min(k + size, whole)] for k in range(0, whole, size))
-            held = [mixed[whole:]]
+            held.append(mixed[whole:].clone())  # a view would keep all of it
+            del mixed
 
     def to_arrow(self, folder: str | Path, name: str, context_size: int | None = None) -> int:
         """Export an activation as a Hugging Face dataset in the layout that SAELens reads.
@@ -202,10 +207,12 @@ class ActivationStore:
 
         Returns: the number of sequences.
 
-        Raises: CacheError: no such activation. InputError: prompts of unequal rows and no
-            context_size, a folder in use, `datasets` is not installed. StoreError: no space, no
-            permission.
+        Raises: CacheError: no such activation. InputError: no prompts yet, prompts of unequal rows
+            and no context_size, a folder in use, `datasets` is not installed. StoreError: no space,
+            no permission.
         """
+        if not self.prompts:
+            raise InputError(f"{self.store.folder} has no unit yet: run it first")
         counts = {stop - start for p in self.prompts for start, stop in [self._at(p, name).span(p)]}
         if context_size is None and len(counts) != 1:
             raise InputError(

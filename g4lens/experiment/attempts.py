@@ -1,7 +1,7 @@
-"""How often and how long each unit was worked on: beside the results, for the record.
+"""How often, how long and with what code each unit was worked on: beside the results.
 
-    attempts/PROCESS.jsonl    {"unit": ..., "worker": ..., "at": ...}                     begun
-                              {"unit": ..., "worker": ..., "at": ..., "seconds": ...}     computed
+    attempts/PROCESS.jsonl    {"unit": ..., "worker": ..., "at": ...}       begun
+                              {..., "seconds": ..., "code": {...}}          computed
 
 A process appends to a file of its own; a line that a kill cut short is passed over. What a unit
 holds does not follow from these files, and no two runs have the same.
@@ -13,13 +13,16 @@ import socket
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from g4lens.experiment import version
 from g4lens.experiment.files import failed
 from g4lens.experiment.store import SPEC
 
 LOG = "attempts"
+TOLD = ("seconds", "worker", "at", "code")  # of what was computed
 
 
 class Log:
@@ -36,7 +39,11 @@ class Log:
 
     def computed(self, unit: str, seconds: float) -> None:
         """A unit's result is there, to be kept. Raises: StoreError: no space, no permission."""
-        self._note({"unit": unit, "seconds": round(seconds, 3)})
+        self._note({"unit": unit, "seconds": round(seconds, 3), "code": self._code})
+
+    @cached_property
+    def _code(self) -> dict[str, Any]:
+        return version.code()
 
     def _note(self, what: dict[str, Any]) -> None:
         at = datetime.now(UTC).isoformat(timespec="microseconds")
@@ -56,15 +63,14 @@ def attempts(folder: Path) -> dict[str, dict[str, Any]]:
     """What the logs of a folder say of each unit.
 
     Returns: by unit `attempts`, how often it was begun, and of the last one that was computed
-        `seconds`, `worker` (host and process) and `at` (UTC); None where none was.
+        `seconds`, `worker` (host and process), `at` (UTC) and `code` (as `version.code` gives it);
+        None where none was.
     """
     told: dict[str, dict[str, Any]] = {}
     for line in sorted(_lines(folder), key=lambda line: line["at"]):
-        unit = told.setdefault(
-            line["unit"], {"attempts": 0, "seconds": None, "worker": None, "at": None}
-        )
+        unit = told.setdefault(line["unit"], {"attempts": 0, **dict.fromkeys(TOLD)})
         if "seconds" in line:
-            unit |= {key: line[key] for key in ("seconds", "worker", "at")}
+            unit |= {key: line.get(key) for key in TOLD}
         else:
             unit["attempts"] += 1
     return told

@@ -16,7 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from g4lens.errors import InputError, StoreError
+from g4lens.experiment.files import failed, put
 
+STATE = "state.json"  # comes last: without it there is no dataset
+MOST = 2**28  # numbers written at a time: Arrow's lists count to 2**31
 Piece = tuple[Float[Tensor, "row d_in"], Int[Tensor, "row"]]
 
 
@@ -44,8 +47,14 @@ def write_dataset(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return _write(folder, name, _sequences(pieces, context_size), (context_size, d_in))
+    except StoreError:  # of what is read
+        raise
     except OSError as error:
-        raise StoreError(f"{folder} cannot be written to: {error}") from None
+        raise failed(folder, error) from None
+    finally:
+        if not (folder / STATE).exists():  # leave no half of a dataset
+            for path in folder.glob("*"):
+                path.unlink()
 
 
 def _sequences(pieces: Iterable[Piece], n: int) -> Iterator[Piece]:
@@ -56,7 +65,8 @@ def _sequences(pieces: Iterable[Piece], n: int) -> Iterator[Piece]:
             x, ids = torch.cat([rest[0], x]), torch.cat([rest[1], ids])
         whole = len(x) - len(x) % n
         if whole:
-            yield x[:whole], ids[:whole]
+            size = n * max(1, MOST // (n * x.shape[1]))
+            yield from zip(x[:whole].split(size), ids[:whole].split(size), strict=True)
         rest = x[whole:], ids[whole:]
 
 
@@ -91,5 +101,5 @@ def _write(folder: Path, name: str, pieces: Iterable[Piece], shape: tuple[int, i
         "_output_all_columns": False,
         "_split": None,
     }
-    (folder / "state.json").write_text(json.dumps(state, indent=1))
+    put(folder, [json.dumps(state, indent=1).encode()], lambda _: STATE)
     return n

@@ -17,16 +17,20 @@ from g4lens.errors import StoreError
 
 PART = ".part-"
 PIECE = 2**20  # bytes; Linux takes twice the time for writes of 4 MiB
+UNKNOWN = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # to some file systems: locks, links
 Chunk = bytes | memoryview
 
 
-def put(folder: Path, chunks: Sequence[Chunk], name: Callable[[str], str]) -> Path:
+def put(
+    folder: Path, chunks: Sequence[Chunk], name: Callable[[str], str], *, replace: bool = True
+) -> Path:
     """Write a file.
 
     Args:
         folder: where; made if need be.
         chunks: its content, in pieces.
-        name: its name, from the sha256 of its content. A file of that name is replaced.
+        name: its name, from the sha256 of its content.
+        replace: a file of that name; else it stays, and of several writers the first one's counts.
 
     Raises:
         StoreError: no space, no permission; nothing is left behind, other files are untouched.
@@ -37,7 +41,10 @@ def put(folder: Path, chunks: Sequence[Chunk], name: Callable[[str], str]) -> Pa
             digest = _write(file, chunks)
             file.flush()
             target = folder / name(digest)
-            part.replace(target)
+            if replace:
+                part.replace(target)
+            else:
+                _claim(target, part)
             return target
     except OSError as error:
         raise failed(folder, error) from None
@@ -76,6 +83,11 @@ def failed(folder: Path, error: OSError) -> StoreError:
             "complete, make room and run again"
         )
     reason = error.strerror or str(error)
+    if error.errno in (*UNKNOWN, errno.ENOLCK):
+        return StoreError(
+            f"{folder} is on a file system without locks ({reason}): give a folder elsewhere, or "
+            "have it mounted with flock"
+        )
     return StoreError(
         f"{folder} cannot be written to ({reason}): give another folder, or change its rights"
     )
@@ -89,14 +101,25 @@ def _part(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
     while True:
         part = folder / f"{PART}{uuid.uuid4().hex}"
         with part.open("xb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not part.exists():  # swept away before it had its lock
-                continue
             try:
-                yield part, file
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if part.exists():  # not swept away before it had its lock
+                    yield part, file
+                    return
             finally:
                 part.unlink(missing_ok=True)
-            return
+
+
+def _claim(target: Path, part: Path) -> None:
+    """Give a file its name, unless another has it."""
+    try:
+        target.hardlink_to(part)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in (*UNKNOWN, errno.EPERM, errno.EMLINK):
+            raise
+        part.replace(target)  # a file system without links
 
 
 def _write(file: BinaryIO, chunks: Sequence[Chunk]) -> str:

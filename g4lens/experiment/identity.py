@@ -13,6 +13,7 @@ from torch import Tensor
 
 from g4lens.errors import G4LensError, InputError, WeightsError
 from g4lens.experiment.files import sha256
+from g4lens.experiment.media import named_by
 from g4lens.hooks import edited_points
 from g4lens.inputs.image import Image
 from g4lens.inputs.processor import Processor
@@ -83,6 +84,7 @@ def _plain(x: Any) -> Any:
     if isinstance(x, Prompt):
         made = [image.pixels for image in x.images] + [sound.mel for sound in x.sounds]
         return {"ids": x.ids.tolist(), "media": [_array(one.numpy()) for one in made]}
+    x = named_by(x) or x
     if hasattr(x, "source"):  # an Image or Audio
         return [type(x).__name__, _media(x), getattr(x, "rate", None)]
     if isinstance(x, Tensor | np.ndarray):

@@ -14,11 +14,7 @@ from g4lens.experiment.shards import Shard
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BESIDE = (
-    ".offsets",
-    ".positions",
-    ".tokens",
-)  # what may stand beside an activation, under its name
+BESIDE = (".offsets", ".positions", ".tokens")  # what may stand beside an activation, of its name
 
 
 def build(files: Mapping[str, Path], older: Path | None = None) -> "pa.Table":
@@ -91,8 +87,12 @@ def offsets(shard: Shard, name: str) -> Tensor:
 
 def beside(shard: Shard, name: str, what: str) -> Tensor:
     """An activation's own offsets, positions or tokens, or those that all of the shard share."""
-    own = f"{name}.{what}"
-    return shard.tensor(own if own in shard.entries else what)
+    return shard.tensor(f"{name}.{what}" if has_own(shard, name) else what)
+
+
+def has_own(shard: Shard, name: str) -> bool:
+    """Does an activation have rows at other places than the rest of its shard?"""
+    return f"{name}.offsets" in shard.entries
 
 
 def _schema() -> "pa.Schema":

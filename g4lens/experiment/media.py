@@ -11,6 +11,8 @@ from g4lens.errors import InputError
 from g4lens.inputs.image import FORMATS, Image
 from g4lens.inputs.sound import Audio
 
+KINDS: dict[str, type[Image] | type[Audio]] = {"image": Image, "audio": Audio}
+
 
 def check_media(prompt: Any, cfg: Gemma4Config, what: str) -> bool:
     """Read the header of each picture and sound of a prompt.
@@ -41,9 +43,21 @@ def media(x: Any) -> Iterator[Image | Audio]:
     """The pictures and sounds in text, parts or messages, in order."""
     if isinstance(x, Image | Audio):
         yield x
+    elif (named := named_by(x)) is not None:
+        yield named
     elif isinstance(x, dict | list | tuple):
         for one in x.values() if isinstance(x, dict) else x:
             yield from media(one)
+
+
+def named_by(x: Any) -> Image | Audio | None:
+    """What `{"type": "image", "image": path}` in a message stands for, or the same with audio.
+
+    None for anything else. Raises: InputError: it can be no picture or sound.
+    """
+    kind = KINDS.get(str(x.get("type"))) if isinstance(x, dict) else None
+    value = None if kind is None else x.get(x["type"])
+    return None if kind is None or value is None or isinstance(value, kind) else kind(value)
 
 
 def _open(one: Image | Audio) -> None:

@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from g4lens.errors import InputError, did_you_mean, listed
-from g4lens.inputs.image import Image
+from g4lens.experiment.media import KINDS
+from g4lens.inputs.image import Image, local_path
 from g4lens.inputs.sound import Audio
 
 FIELDS = ("text", "image", "audio", "parts", "messages")
 COLUMNS = ("text", "image", "audio", "messages")
-KINDS: dict[str, type[Image] | type[Audio]] = {"image": Image, "audio": Audio}
 
 
 def read_prompts(path: str | Path, root: str | Path | None = None) -> list[Any]:
     """The prompts of a file.
 
-    Pictures and sounds are found now and read when they are used. In a line with `text` they stand
-    before it.
+    Pictures and sounds are found now and read when they are used, but for sounds that a dataset
+    holds itself, which are decoded now. In a line with `text` they stand before it.
 
     Args:
         path: a `.jsonl` or `.csv` file in UTF-8, or a folder that `datasets` saved.
@@ -74,7 +74,7 @@ def read_prompts(path: str | Path, root: str | Path | None = None) -> list[Any]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")  # ends of lines in a cell stay what they are
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no text in UTF-8: {error}") from None
 
@@ -92,6 +92,7 @@ def _lines(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _records(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    limit = csv.field_size_limit(max(len(text), 1))  # a long prompt is no mistake
     try:
         columns = next(reader, [])
         _check_names(columns, COLUMNS, f"{path}, line 1")
@@ -100,7 +101,7 @@ def _records(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 f"{path}, line 1: the columns are {listed(columns) or 'none'}, expected each once "
                 f"and at least one of {listed(COLUMNS)}"
             )
-        for cells in reader:
+        for cells in filter(None, reader):  # as in JSON lines, an empty one is passed over
             where = f"line {reader.line_num}"
             if len(cells) != len(columns):
                 raise InputError(
@@ -113,6 +114,8 @@ def _records(text: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield where, row
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: no CSV: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _saved(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -198,9 +201,8 @@ def _message(message: Any, home: Path, root: Path) -> Any:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise InputError(f"a message is {message!r:.60}, expected an object with role and content")
     message = {k: v for k, v in message.items() if v is not None}
-    content = message.get("content")
-    if isinstance(content, list) and message["role"] != "tool":  # a tool gives back any value
-        message["content"] = [_part(part, home, root) for part in content]
+    if isinstance(message.get("content"), list):  # a tool may give back any other value
+        message["content"] = [_part(part, home, root) for part in message["content"]]
     return message
 
 
@@ -225,12 +227,12 @@ def _part(part: Any, home: Path, root: Path) -> Any:
 def _media(kind: str, given: Any, home: Path, root: Path) -> Image | Audio:
     """A picture or sound: a path, or the bytes that `datasets` keeps beside one."""
     if isinstance(given, dict) and set(given) <= {"bytes", "path"}:
-        if given.get("bytes") is not None:
+        if isinstance(given.get("bytes"), bytes):  # a text there would be taken for a path
             return Image(given["bytes"]) if kind == "image" else _decoded(given["bytes"])
-        given = given.get("path")
+        given = given.get("path") if given.get("bytes") is None else given
     if not isinstance(given, str):
         raise InputError(f"{kind} is {given!r:.40}, expected a path")
-    file = _inside(home / given, root, kind, given)
+    file = _inside(home / local_path(given, KINDS[kind].__name__), root, kind, given)
     if not file.is_file():
         raise InputError(f"no {kind} {file}")
     return KINDS[kind](file)

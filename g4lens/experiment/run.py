@@ -82,7 +82,7 @@ def run(
 
     Call again with the same arguments after a kill, or from other jobs at the same time: units are
     whole or absent, and follow from the spec alone. The record is written by whoever finds that no
-    unit is missing any more; circuits and steering vectors are put beside it, in `chosen`.
+    unit is missing any more, and anew where a file of it is not what was written.
 
     Args:
         path: the spec, a YAML file: see `run_spec.Spec`.
@@ -113,7 +113,6 @@ def run(
         progress=progress,
     )
     found = Run(out)
-    if not store.missing() and not (is_done and found.is_recorded):
-        job.experiment.kind.keep(store.folder / "chosen", job.spec.metrics)
+    if not store.missing() and not (is_done and found.is_whole):
         found.write_record(job)
     return found

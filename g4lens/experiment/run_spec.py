@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from g4lens.analysis import tasks
-from g4lens.analysis.metrics import as_metric
+from g4lens.analysis.ablation import POST_NORMS
+from g4lens.analysis.metrics import METRICS, as_metric
 from g4lens.analysis.pairs import Pairs
 from g4lens.analysis.sites import site_named
 from g4lens.errors import InputError, did_you_mean, listed
@@ -38,7 +39,10 @@ def _different(values: list[Any]) -> list[Any]:
 
 
 def _metric(name: str) -> str:
-    as_metric(name)
+    try:
+        as_metric(name)
+    except InputError as error:
+        raise InputError(f"{error} Metrics: {', '.join(METRICS)}") from None
     return name
 
 
@@ -47,6 +51,7 @@ def _site(name: str) -> str:
     return name
 
 
+FROZEN = " and ".join(POST_NORMS)
 Several = [Field(min_length=1), BeforeValidator(_as_list), AfterValidator(_different)]
 Metrics = Annotated[list[Annotated[str, AfterValidator(_metric)]], *Several]
 Site = Annotated[str, AfterValidator(_site)]
@@ -54,8 +59,9 @@ Sites = Annotated[list[Site], *Several]
 Directions = Annotated[list[Literal["denoise", "noise"]], *Several]
 Values = Annotated[list[Literal["zero", "mean", "pos_mean", "token_mean", "resample"]], *Several]
 Place = int | str | list[int | str]
-Places = Literal["all"] | list[Place] | None
-Blocks = list[int] | None
+Different = [Field(min_length=1), AfterValidator(_different)]
+Places = Literal["all"] | Annotated[list[Place], *Different] | None
+Blocks = Annotated[list[int], *Different] | None
 
 
 class PairsSpec(Part):
@@ -65,7 +71,7 @@ class PairsSpec(Part):
         task, n, seed, split: as `tasks.pairs` takes them.
         file: as `Pairs.from_jsonl` reads it, in the spec's folder.
         sha256: of the file; another one is refused.
-        filter: leave out those of which the model gets a side wrong.
+        filter: leave out those of which the model gets a side wrong; each needs a foil.
     """
 
     task: str | None = None
@@ -104,12 +110,16 @@ class PairsSpec(Part):
         """The pairs, for a spec in the folder `home`.
 
         Raises: InputError: no such file, one outside the folder or of another hash, a line that is
-            no pair, fewer pairs than asked for, none that the model gets right.
+            no pair, fewer pairs than asked for; with `filter` a pair without foil, or none that the
+            model gets right.
         """
         if self.task is not None:
             pairs = tasks.pairs(self.task, self.n or 0, self.seed, self.split)
         else:
             pairs = self._read(home)
+        lonely = [i for i, pair in enumerate(pairs) if pair.foil is None]
+        if self.filter and lonely:
+            raise InputError(f"pairs.filter: pair {lonely[0]} has no foil, its corrupted answer")
         return pairs.filter(model) if self.filter else pairs
 
     def _read(self, home: Path) -> Pairs:
@@ -160,7 +170,7 @@ class Patching(Part):
     kind: Literal["patching"]
     site: Sites = Field(["resid_pre"])
     direction: Directions = Field(["denoise"])
-    carry: list[Literal["ple", "kv"]] = Field([])
+    carry: Annotated[list[Literal["ple", "kv"]], AfterValidator(_different)] = Field([])
     layers: Blocks = None
     positions: Places = None
     heads: Blocks = None
@@ -178,12 +188,21 @@ class Ablation(Part):
     heads: Blocks = None
     bos: bool = False
 
+    @model_validator(mode="after")
+    def _can_be_done(self) -> Self:
+        for site in self.site:
+            if site_named(site).kind == "pattern":
+                raise InputError(f"site {site!r} cannot be ablated: ablate 'z', what comes of it")
+            if self.post_norm == "frozen" and site not in POST_NORMS:
+                raise InputError(f"post_norm 'frozen' goes with {FROZEN}, not with {site!r}")
+        return self
+
 
 class Knockout(Part):
     """See `g4lens.knockout`. `layers: [window, 3]` slides over the blocks. Variants: layer_type."""
 
     kind: Literal["knockout"]
-    edges: list[Annotated[list[Place], Field(min_length=2, max_length=2)]] = Field(min_length=1)
+    edges: Annotated[list[Annotated[list[Place], Field(min_length=2, max_length=2)]], *Different]
     layers: list[int | Literal["window"]] | None = None
     layer_type: Annotated[list[Literal["local", "global"] | None], *Several] = Field([None])
     side: Literal["clean", "corrupted"] = "clean"
@@ -196,8 +215,8 @@ class PathPatching(Part):
     """
 
     kind: Literal["path_patching"]
-    senders: list[str] | None = None
-    receivers: list[str | list[str]] | None = None
+    senders: Annotated[list[str], *Different] | None = None
+    receivers: Annotated[list[str | list[str]], *Different] | None = None
     direction: Directions = Field(["noise"])
     readers: Literal["one", "all"] = "one"
 
@@ -231,8 +250,8 @@ class Circuits(Part):
     steps: int | None = Field(None, ge=1)
     ranking: Literal["signed", "absolute"] = "absolute"
     search: Literal["threshold", "greedy"] = "threshold"
-    shares: list[Annotated[float, Field(gt=0, le=1)]] = Field(
-        [0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5], min_length=1
+    shares: Annotated[list[Annotated[float, Field(gt=0, le=1)]], *Different] = Field(
+        [0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
     )
     direction: Directions = Field(["noise"])
 
@@ -256,11 +275,13 @@ class Steering(Part):
     vector: Annotated[list[Literal["difference_of_means", "function_vector"]], *Several] = Field(
         ["difference_of_means"]
     )
-    layers: list[int] = Field(min_length=1)
+    layers: Annotated[list[int], *Different]
     site: Site = "resid_post"
     positions: Place = "end"
     n_heads: int = Field(10, ge=1)
-    strengths: Annotated[list[float], *Several] = Field([0.5, 1.0, 2.0])
+    strengths: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], *Several] = Field(
+        [0.5, 1.0, 2.0]
+    )
     side: Literal["clean", "corrupted"] = "corrupted"
     steered: Place | None = None
 

@@ -10,11 +10,13 @@ import tempfile
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from g4lens.errors import StoreError
+from g4lens.experiment.files import PIECE
 
 
 class Scratch:
@@ -41,10 +43,20 @@ class Scratch:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                os.posix_fallocate(file.fileno(), 0, n)  # a hole in it would kill when none is left
+                _reserve(file, n)
                 held = mmap.mmap(file.fileno(), n)
         except OSError as error:
             raise StoreError(
                 f"{self.folder}: no room for {n / 1e9:.2f} GB of activations ({error.strerror})"
             ) from None
         return torch.frombuffer(held, dtype=dtype).reshape(tuple(shape))
+
+
+def _reserve(file: BinaryIO, n: int) -> None:
+    """Take `n` bytes of the disk: a hole in a mapped file would kill when no space is left."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, n)
+        return
+    for start in range(0, n, PIECE):  # macOS has no such call
+        file.write(bytes(min(PIECE, n - start)))
+    file.flush()

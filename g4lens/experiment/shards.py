@@ -94,10 +94,15 @@ class Shard:
             raw.pop("__metadata__", None)
             found = {name: _entry(value, 8 + length) for name, value in raw.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise StoreError(f"{self.path} is not readable as a shard ({error})") from None
+            raise StoreError(
+                f"{self.path} is not readable as a shard ({error}): delete it and run again"
+            ) from None
         ends = (e.start + math.prod(e.shape) * e.dtype.itemsize for e in found.values())
-        if max(ends, default=0) != size:
-            raise StoreError(f"{self.path} has {size} bytes, not those that its header tells of")
+        if max(ends, default=8 + length) != size:
+            raise StoreError(
+                f"{self.path} has {size} bytes, not those that its header tells of: delete it and "
+                "run again"
+            )
         return found
 
     def tensor(self, name: str) -> Tensor:

@@ -9,6 +9,7 @@
 A spec names things and never code: it is read by `yaml.safe_load`.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -118,16 +119,19 @@ def read_spec(path: str | Path, kind: type[S]) -> S:
         kind: what it should be: `CacheSpec`.
 
     Raises:
-        InputError: no such file, no YAML, unknown or missing keys, wrong values: the path inside
-            the file, what was found and expected, near names.
+        InputError: no such file, no YAML, a key twice, unknown or missing keys, wrong values: the
+            path inside the file, what was found and expected, near names.
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        raw, twice = yaml.safe_load(text), _twice(yaml.compose(text, yaml.SafeLoader))
     except FileNotFoundError:
         raise InputError(f"no file {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(f"{path} is not readable as YAML ({error})") from None
+    if twice:
+        raise InputError(f"{path}: {twice[0]} is there twice, expected each key once")
     if not isinstance(raw, dict):
         raise InputError(f"{path}: found a {type(raw).__name__}, expected keys and values")
     try:
@@ -136,6 +140,24 @@ def read_spec(path: str | Path, kind: type[S]) -> S:
         # An unknown key first: it is often the one that is missing, misspelt
         found = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         raise InputError(f"{path}: {'; '.join(_told(one, kind) for one in found[:4])}") from None
+
+
+def _twice(root: yaml.Node | None) -> list[str]:
+    """The keys that a mapping of a file has more than once: YAML takes the last one."""
+    found: list[str] = []
+    nodes, seen = [root], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))  # an alias leads to the same one again
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            found += dict.fromkeys(key for key in keys if keys.count(key) > 1)
+            nodes += [value for _, value in node.value]
+        else:
+            nodes += node.value
+    return found
 
 
 def check_names(names: list[str], model: Gemma4, where: str) -> None:
@@ -162,6 +184,10 @@ def _told(error: Any, kind: type[BaseModel]) -> str:
         return f"{at}.kind is missing"
     if error["type"] == "missing":
         return f"{at} is missing"
+    if error["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        near = did_you_mean(str(found), known)
+        return f"{at} is {found!r:.60}, expected one of {listed(known)}.{near}"
     if error["type"] == "value_error":  # one of ours
         said = str(error["ctx"]["error"])
         return said if said.startswith(at) else f"{at}: {said}"

@@ -76,8 +76,7 @@ class UnitStore:
     @property
     def hash(self) -> str:
         """The sha256 of the spec and the units' names."""
-        whole = _canonical({"spec": self.spec, "units": self.units})
-        return hashlib.sha256(whole.encode()).hexdigest()
+        return _hash(self.spec, self.units)
 
     def __repr__(self) -> str:
         return f"UnitStore({str(self.folder)!r}, {len(self.files())} of {len(self.units)} units)"
@@ -103,8 +102,8 @@ class UnitStore:
         if not (self.folder / SPEC).exists():
             whole = {"spec": self.spec, "units": self.units, "about": self.about}
             text = json.dumps({"sha256": self.hash, **whole}, indent=1)
-            put(self.folder, [text.encode() + b"\n"], lambda _: SPEC)
-            self._refuse_others()  # two may have begun at once
+            put(self.folder, [text.encode() + b"\n"], lambda _: SPEC, replace=False)
+            self._refuse_others()  # of several that begin at once, the first one's counts
 
     def commit(self, unit: str, content: "Mapping[str, Tensor] | pd.DataFrame") -> None:
         """Keep a unit's result: whole, or not at all. A unit that is there already stays.
@@ -118,7 +117,7 @@ class UnitStore:
         """
         if unit not in self.units:
             raise InputError(f"no unit {unit!r} in this store, which has {listed(self.units)}")
-        if unit in self.files():
+        if any(FILE.fullmatch(path.name) for path in self._shards.glob(f"{unit}-*")):
             return
         self.begin()
         if isinstance(content, Mapping):
@@ -221,26 +220,37 @@ class UnitStore:
         return files[unit]
 
     def _refuse_others(self) -> None:
-        """Raises: InputError: the folder is in use for something else."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"{self.folder} is a file, expected a folder")
-        held = _held(self.folder)
-        if held is not None:
-            ours = {"spec": self.spec, "units": self.units}
-            if changed := differences({k: held[k] for k in ours}, ours):
-                raise InputError(
-                    f"{self.folder} holds results of another spec: {listed(changed, 4)}; give "
-                    "another folder"
-                )
-        elif self.folder.is_dir():
-            begun = any(FILE.fullmatch(path.name) for path in self._shards.glob("*"))
-            ours = set() if begun else {SHARDS}
-            found = [p.name for p in self.folder.iterdir() if p.name not in ours]
-            if strangers := [name for name in found if not name.startswith(PART)]:
-                raise InputError(
-                    f"{self.folder} holds {listed(strangers, 4)} and no {SPEC}: give an empty "
-                    "folder, or a new one"
-                )
+        """Raises: InputError: the folder is in use for something else, or cannot be read."""
+        try:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise InputError(f"{self.folder} is a file, expected a folder")
+            held = _held(self.folder)
+            strangers = self._strangers() if held is None else []
+            if strangers and (self.folder / SPEC).exists():  # another job has begun meanwhile
+                held, strangers = _held(self.folder), []
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be read ({error.strerror})") from None
+        if strangers:
+            raise InputError(
+                f"{self.folder} holds {listed(strangers, 4)} and no {SPEC}: give an empty folder, "
+                "or a new one"
+            )
+        ours = {"spec": self.spec, "units": self.units}
+        if held is not None and (changed := differences({k: held[k] for k in ours}, ours)):
+            raise InputError(
+                f"{self.folder} holds results of another spec: {listed(changed, 4)}; give another "
+                "folder"
+            )
+
+    def _strangers(self) -> list[str]:
+        """What is in the folder and may not be there before the first unit is."""
+        if not self.folder.is_dir():
+            return []
+        begun = any(FILE.fullmatch(path.name) for path in self._shards.glob("*"))
+        ours = () if begun else (SHARDS,)
+        found = [path.name for path in self.folder.iterdir() if path.name not in ours]
+        # NFS gives such names to what is open and has none
+        return [name for name in found if not name.startswith((PART, ".nfs"))]
 
 
 def _canonical(x: Any) -> str:
@@ -253,16 +263,22 @@ def _canonical(x: Any) -> str:
         raise InputError(f"a spec holds what JSON cannot: {error}") from None
 
 
+def _hash(spec: Any, units: Any) -> str:
+    return hashlib.sha256(_canonical({"spec": spec, "units": units}).encode()).hexdigest()
+
+
 def _held(folder: Path) -> dict[str, Any] | None:
-    """What `spec.json` says; None where there is none."""
+    """What `spec.json` says; None where there is none. Raises: InputError: it was tampered with."""
     path = folder / SPEC
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         held = json.loads(path.read_text("utf-8"))
-        if _canonical({k: held[k] for k in ("spec", "units")}) and isinstance(held["about"], dict):
-            return held
-        raise ValueError("no spec of a store")
+        if not isinstance(held["about"], dict):
+            raise ValueError("no spec of a store")
+        if held["sha256"] != _hash(held["spec"], held["units"]):
+            raise ValueError("its hash is another")
+        return held
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not readable as the spec of results ({error})") from None
 

@@ -142,16 +142,20 @@ class Work:
     def check(self, units: Sequence[str]) -> None:
         """Look for what would stop the work later on. Of media only the headers are read.
 
+        Unless no other prompt has a position that is wanted.
+
         Raises: InputError: the prompt, and what is wrong with it.
         """
-        n_rows = 0
+        n_rows, with_media = 0, list[int]()
         for i in (i for unit in units for i in self._prompts_of(unit)):
             if check_media(self.prompts[i], self.model.cfg, f"prompt {i}"):
-                n_rows += 1  # as far as a header can tell
+                with_media.append(i)
             else:
                 self._batch([i], made := [self.prompt(i)])
                 n_rows += len(self._chosen(i, made[0]))
-        if not n_rows and len(units) == len(self.units):
+        if n_rows or len(units) < len(self.units):
+            return
+        if not any(self._chosen(i, self.prompt(i)) for i in with_media):  # decoded up to the first
             raise InputError(f"positions {told(self.positions)!r}: no prompt has any")
 
     def _batch(self, index: Sequence[int], made: Sequence[Prompt | Tensor]) -> Batch:

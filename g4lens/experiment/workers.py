@@ -57,7 +57,8 @@ def spread(
                 "or fewer threads in each (OMP_NUM_THREADS=1)"
             )
         yield from _dealt(ray, units, store, job, options, n)
-    if unseen := [unit for unit in units if unit not in store.files()]:
+    there = store.files()
+    if unseen := [unit for unit in units if unit not in there]:
         raise StoreError(
             f"{len(unseen)} units are done and not in {store.folder}: {listed(unseen, 4)}; give a "
             "folder that all machines share, or run again if files take a while to be seen"

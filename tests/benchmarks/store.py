@@ -44,7 +44,7 @@ def write(folder: Path, rounds: int) -> None:
         place = folder / what
         units = [f"{i}" for i in range(rounds + 1)]
         store, numbers = UnitStore(place / "ours", {}, units), itertools.count()
-        (place / "theirs").mkdir()
+        (place / "theirs").mkdir(parents=True)
 
         def ours(store=store, units=units, settle=settle):
             unit = units[len(store.files())]

@@ -1,9 +1,14 @@
 """The reader: any vector, shuffled epochs, and the dataset that SAELens reads."""
 
+import errno
+import os
+
 import pytest
 import torch
 
 from g4lens import CacheError, InputError
+from g4lens.errors import StoreError
+from g4lens.experiment import export
 from g4lens.experiment.activation_store import ActivationStore
 from g4lens.experiment.caching import cache_activations
 from g4lens.experiment.store import UnitStore
@@ -97,6 +102,51 @@ def test_the_dataset_that_saelens_reads(model, tmp_path):
     x = data[:]
     assert torch.equal(x[NAME], torch.stack([store[i, NAME].float() for i in range(3)]))
     assert torch.equal(x["token_ids"].long(), torch.stack(prompts))
+
+
+def test_long_pieces_are_written_in_parts(whole, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    store, _ = whole
+    monkeypatch.setattr(export, "MOST", 1)
+    assert store.to_arrow(tmp_path / "data", HEADS, context_size=3) == 8
+    data = datasets.load_from_disk(str(tmp_path / "data")).with_format("torch")
+    rows = torch.cat([store[i, HEADS] for i in range(5)]).flatten(1)[:24]
+    assert torch.equal(data[:][HEADS].flatten(0, 1), rows)
+
+
+def test_half_a_dataset_is_not_left(model, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    store, _ = cached(model, tmp_path / "store", [4, 4, 4])
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "put", full)
+        with pytest.raises(StoreError, match="no space for another file in"):
+            store.to_arrow(tmp_path / "data", NAME)
+    assert list((tmp_path / "data").iterdir()) == []
+    path = list(store.store.files().values())[1]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(StoreError, match=f"{path.name} is not readable as a shard"):
+        ActivationStore(tmp_path / "store").to_arrow(tmp_path / "data", NAME)
+
+
+def test_a_folder_without_a_unit(model, tmp_path):
+    store, _ = cached(model, tmp_path / "store", [4])
+    next(iter(store.store.files().values())).unlink()
+    empty = ActivationStore(tmp_path / "store")
+    assert len(empty) == 0 and list(empty.batches(NAME, 3)) == []
+    for size in (None, 3):
+        with pytest.raises(InputError, match="has no unit yet"):
+            empty.to_arrow(tmp_path / "data", NAME, size)
+
+
+def test_where_rows_are_is_held_once_for_all_names(whole):
+    store = ActivationStore(whole[0].store.folder)
+    for name in (NAME, HEADS):
+        assert store.take(name, [0, 1], [0, 2]).shape[0] == 2
+    assert store._place.cache_info().currsize == 1
 
 
 def test_ragged_prompts_are_cut_into_sequences(whole, tmp_path):

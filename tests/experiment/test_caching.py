@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 
+import PIL.Image
 import pytest
 import torch
 
@@ -210,6 +211,32 @@ def test_bad_input_writes_nothing(tiny, tmp_path, arguments, message):
     assert not (tmp_path / "x").exists()
 
 
+def test_pictures_that_have_no_position_wanted(tiny, tmp_path):
+    prompts = [("see", Image(g4lens.sample("images/corners.png")))]
+    kept = {"progress": False, "positions": "tool"}
+    with pytest.raises(InputError, match="'tool': no prompt has any"):
+        cache_activations(tiny, prompts, tmp_path / "x", "hook_embed", **kept)
+    assert not (tmp_path / "x").exists()
+    kept["positions"] = "image"
+    assert cache_activations(tiny, prompts, tmp_path / "x", "hook_embed", **kept).n_rows > 0
+
+
+def test_a_picture_named_in_a_message_is_known_by_its_content(tiny, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(g4lens.sample("images/corners.png").read_bytes())
+    part = {"type": "image", "image": str(path)}
+    prompts = [[{"role": "user", "content": ["see", part]}]]
+    first = cache_activations(tiny, prompts, tmp_path / "x", "hook_embed", progress=False)
+    assert first.n_rows > 10
+    with PIL.Image.open(path) as picture:
+        picture.rotate(90).save(path)
+    with pytest.raises(InputError, match=r"another spec: prompts\.sha256"):
+        cache_activations(tiny, prompts, tmp_path / "x", "hook_embed", progress=False)
+    path.write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"prompt 0: Image\(.*a\.png.* is not readable"):
+        cache_activations(tiny, prompts, tmp_path / "y", "hook_embed", progress=False)
+
+
 def test_an_unknown_name_writes_nothing(tiny, tmp_path):
     with pytest.raises(HookNameError, match="Did you mean"):
         cache_activations(tiny, ["a"], tmp_path / "x", "hook_embd", progress=False)
@@ -285,6 +312,22 @@ def test_the_command(spec, tmp_path, capsys):
     assert cli.main(["cache", str(spec), "--out", str(out), "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
     assert ActivationStore(out).store.about["prompts"] == str(tmp_path / "p.jsonl")
+
+
+def test_the_command_that_verifies(spec, tmp_path, capsys):
+    from g4lens import cli
+
+    out = tmp_path / "out"
+    assert cli.main(["cache", str(spec), "--out", str(out), "--quiet"]) == 0
+    assert cli.main(["verify", str(out)]) == 0
+    assert "the hashes of 2 units" in capsys.readouterr().out
+    path = next((out / "shards").iterdir())
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert cli.main(["verify", str(out), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert not told["passed"] and path.name in told["problems"][0]
+    assert cli.main(["verify", str(out), "--quiet"]) == 1
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

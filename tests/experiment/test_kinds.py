@@ -222,17 +222,64 @@ def test_other_heads_and_places(tiny, pairs):
     assert set(other_heads([0, 1], 4, Baseline("random")).values()) == {2, 3}
     assert len(other_heads([0, 1, 2], 4, Baseline("random"))) == 1
     chunk = Chunk(pairs[2:5], (2, 3, 4))
-    found, names = other_places(tiny, chunk, ["subject", "end"], Baseline("random"))
-    assert list(names.values()) == ["subject", "end"]
-    for group in found.pairs.on(tiny, "logit"):
+    found = other_places(tiny, chunk, ["subject", "end"], Baseline("random"))
+    assert list(found.names.values()) == ["subject", "end"]
+    assert found.fewer == ""
+    for group in found.chunk.pairs.on(tiny, "logit"):
         taken = [group.places(place, "clean") for place in ("subject", "end")]
-        for name, own in zip(names, taken, strict=True):
+        for name, own in zip(found.names, taken, strict=True):
             drawn = group.places(name, "clean")
             assert drawn.shape == own.shape and (drawn > 0).all()
             for row, *others in zip(drawn, *taken, strict=True):
                 assert not torch.isin(row, torch.cat(others)).any()
-    again, _ = other_places(tiny, Chunk(pairs[3:4], (3,)), ["subject", "end"], Baseline("random"))
-    assert again.pairs[0].positions == found.pairs[1].positions
+    again = other_places(tiny, Chunk(pairs[3:4], (3,)), ["subject", "end"], Baseline("random"))
+    assert again.chunk.pairs[0].positions == found.chunk.pairs[1].positions
+
+
+def test_a_control_of_fewer_positions_says_so(tiny):
+    pair = Pair("one two three four", "one two three five", " a", " b", "t", {"most": [1, 2, 3]})
+    kind = {"kind": "patching", "site": "resid_pre", "layers": [2], "positions": ["most"]}
+    few = Experiment(spec("patching", experiment=kind), tiny, Pairs([pair] * 2))
+    n = len(tiny.prompt("one two three four").tokens)
+    frame = whole(few, "resid_pre.denoise", "random.0")
+    assert frame["details"].str.contains(f"positions, in places but {n - 4} for 3").all()
+
+
+def test_sources_that_the_target_does_not_see_are_not_drawn(tiny):
+    words = "one two three four five six seven eight"
+    pair = Pair(words, words.replace("one", "nine"), " a", " b", "t")
+    for draw in range(20):
+        baseline = Baseline("random", draw)
+        found = other_places(tiny, Chunk(Pairs([pair]), (0,)), [1], baseline, {1: [3, 4]})
+        (drawn,) = found.chunk.pairs[0].positions.values()
+        assert set(drawn) <= {2, 3, 4}
+
+
+def test_metrics_without_labels_have_no_permuted_control(tiny, pairs):
+    """KL(clean || run) knows neither answer nor foil: its control would be the thing itself."""
+    both = Experiment(spec("ablation", ["logit_diff", "kl"]), tiny, pairs)
+    assert set(whole(both, "z.mean")["metric"]) == {"logit_diff", "kl"}
+    assert set(whole(both, "z.mean", "permuted.0")["metric"]) == {"logit_diff"}
+    plan = both.plan().set_index(["variant", "baseline"])["cells"]
+    assert plan["z.mean", "none"] == 2 * plan["z.mean", "permuted.0"]
+    alone = Experiment(spec("ablation", "kl"), tiny, pairs)
+    assert alone.absent["permuted"] == "kl depends on no label"
+    steered = Experiment(spec("steering", "kl"), tiny, pairs)
+    assert "permuted" not in steered.absent
+
+
+def test_every_block_has_a_random_direction_of_its_own(tiny, pairs):
+    kind = Experiment(spec("steering", experiment={"layers": [3, 4]}), tiny, pairs).kind
+    units = [
+        x.vectors / x.norms[:, None]
+        for x in (
+            kind.direction("difference_of_means", layer, Baseline("direction", draw))
+            for layer in (3, 4)
+            for draw in (0, 1)
+        )
+    ]
+    cosines = torch.cat(units) @ torch.cat(units).T
+    assert (cosines - torch.eye(4)).abs().max() < 0.5
 
 
 def test_what_has_no_control_says_why(tiny, pairs):
@@ -288,6 +335,8 @@ def test_the_plan(tiny, pairs):
         ("steering", {"layers": [15]}, "no block 15"),
         ("steering", {"positions": "nd"}, "no place 'nd'"),
         ("logit_lens", {"layers": [-1]}, "no block -1"),
+        ("ablation", {"value": ["zero", "pos_mean"]}, "'pos_mean' needs prompts of one length"),
+        ("steering", {"vector": "function_vector", "n_heads": 61}, "n_heads is 61, expected 1 to"),
     ],
 )
 def test_mistakes(tiny, pairs, kind, given, message):

@@ -1,5 +1,6 @@
 """Prompts from JSON lines, CSV and saved datasets: what they become, and what is refused."""
 
+import csv
 import json
 import shutil
 
@@ -69,6 +70,23 @@ def test_csv(folder):
     assert chat[0] == MESSAGES[0]
 
 
+def test_cells_are_what_the_file_holds(folder):
+    long = "word " * 40_000  # more than csv takes by itself
+    limit = csv.field_size_limit()
+    (folder / "p.csv").write_bytes(f'text,image\r\n"a\r\nb",\r\n\r\n"{long}",a.png\r\n'.encode())
+    text, (_, rest) = read_prompts(folder / "p.csv")
+    assert text == "a\r\nb" and rest == long
+    assert csv.field_size_limit() == limit
+
+
+def test_what_a_tool_gave_back(folder):
+    back = {"role": "tool", "name": "look", "content": [{"image": "a.png"}, "a square"]}
+    value = {"role": "tool", "name": "count", "content": {"n": [1, 2]}}
+    ((found, plain),) = read_prompts(lines(folder, {"messages": [back, value]}))
+    assert found["content"][0].source == folder / "a.png" and found["content"][1] == "a square"
+    assert plain == value
+
+
 def test_a_saved_dataset(folder):
     datasets = pytest.importorskip("datasets")
     data = {"text": ["x", None], "label": [0, 1], "image": [None, str(folder / "a.png")]}
@@ -106,7 +124,12 @@ def test_a_saved_dataset(folder):
         ({"image": "/etc/hostname"}, "lies outside"),
         ({"image": "link.png"}, "lies outside"),
         ({"image": "a\0b"}, "is no path"),
-        ({"image": "https://example.org/a.png"}, "no image"),
+        ({"image": "https://example.org/a.png"}, "found a URL, expected a path"),
+        ({"image": {"bytes": "../outside.png"}}, "image is .*, expected a path"),
+        ({"audio": {"bytes": [1, 2]}}, "audio is .*, expected a path"),
+        ({"image": {"bytes": None, "path": "../outside.png"}}, "lies outside"),
+        ({"messages": [{"role": "tool", "content": [{"image": "../outside.png"}]}]}, "outside"),
+        ({"messages": [{"role": "tool", "content": [1]}]}, "a part is 1"),
         ({"messages": [{"role": "user", "content": [{"image": "../outside.png"}]}]}, "outside"),
     ],
 )

@@ -1,20 +1,24 @@
 """The record of a run: manifest, tables, statistics, figures."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import version as version_of
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+import g4lens
 from g4lens.analysis.result import Result, axis
 from g4lens.errors import InputError, StoreError
-from g4lens.experiment.record import Run, provenance
+from g4lens.experiment import version
+from g4lens.experiment.record import Run, folder
+from g4lens.experiment.record.manifest import hash_of
 from g4lens.experiment.record.summary import cell_columns, results, summary
 from g4lens.experiment.run import prepare, run
 from tests.experiment.recorded import done, moved, written
@@ -38,13 +42,14 @@ def test_the_manifest_holds_what_the_run_follows_from(recorded):
     assert manifest["pairs"] | {"sha256": ""} == {
         "n": 12,
         "sha256": "",
+        "dropped": 0,
         "measured": 12,
         "clusters": recorded.metrics["cluster"].nunique(),
     }
     assert manifest["seeds"] == {"experiment": 0, "pairs": 0, "statistics": 0}
-    assert manifest["packages"]["torch"] == version("torch")
+    assert manifest["packages"]["torch"] == version_of("torch")
     assert manifest["machine"]["threads"] == torch.get_num_threads()
-    assert manifest["code"]["source"] == provenance.source()
+    assert manifest["code"]["source"] == version.source()
     assert {check["name"] for check in manifest["checks"]} >= {"patch everything = clean"}
     assert all(check["passed"] and check["value"] >= 0 for check in manifest["checks"])
     assert any("clusters hold the truth less often" in note for note in manifest["notes"])
@@ -56,12 +61,47 @@ def test_every_unit_and_file_is_in_the_manifest_with_its_hash(recorded):
     for unit, told in manifest["units"].items():
         assert told["attempts"] == 1
         assert told["seconds"] > 0
+        assert told["code"] == manifest["code"]["source"]
         assert digest(store.files()[unit]) == told["sha256"]
     for name, expected in manifest["files"].items():
         assert digest(recorded.folder / name) == expected
     beside = {"manifest.json", "spec.json", "index.parquet", "attempts", "shards"}
     found = {path.relative_to(recorded.folder).as_posix() for path in recorded.folder.rglob("*")}
     assert {name.split("/")[0] for name in found - set(manifest["files"])} == beside | {"figures"}
+
+
+def test_each_unit_tells_the_code_that_it_was_computed_with(recorded, tmp_path):
+    """Half of them come of an older checkout, one of a log that is lost."""
+    again = moved(recorded, tmp_path / "home")
+    (path,) = (again.folder / "attempts").iterdir()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    older = {"version": "0.0.9", "source": "0" * 64, "commit": "1" * 40, "diff": None}
+    assert {line["code"]["version"] for line in lines if "code" in line} == {g4lens.__version__}
+    names = again.store.units
+    for line in lines:
+        if "code" in line and line["unit"] in names[:6]:
+            line["code"] = older
+    lines = [line for line in lines if line["unit"] != names[-1]]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    again.write_record()
+    found, now = again.manifest, version.code()
+    assert [unit["code"] for unit in found["units"].values()] == [
+        *["0" * 64] * 6,
+        *[now["source"]] * (len(names) - 7),
+        None,
+    ]
+    assert found["computed_with"] == [
+        {**older, "units": 6},
+        {**now, "units": len(names) - 7},
+        {"version": None, "source": None, "commit": None, "diff": None, "units": 1},
+    ]
+    told = again.verify(k=0)
+    assert told.passed
+    assert any("6 units were computed with 0.0.9, source 000000000000" in x for x in told.notes)
+    assert any("1 units were computed with a code that is not known" in x for x in told.notes)
+    page = (again.folder / "report.html").read_text()
+    assert f"6 computed with source {'0' * 64}, commit {'1' * 40}" in page
+    assert "1 computed with unknown code" in page
 
 
 def test_metrics_are_the_rows_of_all_units(recorded):
@@ -132,6 +172,55 @@ def test_what_is_undefined_is_nan_with_a_reason(recorded):
     assert any("no p-value below" in note for note in notes)
 
 
+def test_notes_name_the_variants_that_they_are_of(recorded):
+    job = prepare(recorded.folder.parent / "spec.yaml")
+    frame = recorded.metrics
+    other = frame["variant"] == "z.zero"
+    odd = other & (frame["prompt"] == 3)
+    frame = frame.assign(target=frame["target"].where(~odd, frame["base"]))
+    notes = summary(results(frame, job.model.cfg, job.spec), job.spec, ["layer", "head"])[1]
+    (ways,) = (note for note in notes if "target - base is below a tenth" in note)
+    assert ways.startswith("z.zero, logit_diff: in 1 of 12 pairs")
+    (few,) = (note for note in notes if "clusters hold" in note)
+    assert few.startswith("intervals from")  # of all variants
+    assert "300 draws leave intervals and p-values coarse, 2,000 are enough" in notes
+
+
+def test_a_metric_at_its_floor_has_no_p_value(recorded):
+    """KL from the clean run cannot be negative: each cell would be found, however little moves."""
+    job = prepare(recorded.folder.parent / "spec.yaml")
+    metrics = ["kl", "logit_diff"]
+    spec = job.spec.model_copy(update={"metrics": metrics})
+    own = recorded.metrics.query("variant == 'mlp_out.zero' and baseline == 'none'")
+    noise = own["value"].abs() * 1e-9
+    kl = own.assign(metric="kl", value=noise, base=0.0, target=1.0)
+    back = kl.assign(variant="back", value=1 - noise, base=1.0, target=0.0)
+    frame = pd.concat([own, kl, back], ignore_index=True)
+    table, notes = summary(results(frame, job.model.cfg, spec), spec, ["layer", "head"])
+    by = table.set_index(["variant", "metric"])[["p", "p_adj", "smallest_effect"]]
+    assert by.loc["mlp_out.zero", "kl"].isna().all(axis=None)
+    assert by.loc["mlp_out.zero", "logit_diff"].notna().all(axis=None)
+    assert by.loc["back", "kl"].notna().all(axis=None)
+    (note,) = (note for note in notes if "cannot fall" in note)
+    assert note.startswith("mlp_out.zero, kl: kl stands at 0 without intervention")
+
+
+def test_pairs_that_were_left_out_are_counted(tmp_path):
+    """Answers that the model never gives: half of the pairs go, and the page says so."""
+    path = written(tmp_path / "home")
+    pairs = list(g4lens.Pairs.from_jsonl(tmp_path / "home" / "pairs.jsonl"))
+    wrong = [dataclasses.replace(pair, answer=" the") for pair in pairs[6:]]
+    g4lens.Pairs(pairs[:6] + wrong).to_jsonl(tmp_path / "home" / "pairs.jsonl")
+    text = path.read_text().replace("pairs.jsonl}", "pairs.jsonl, filter: true}")
+    path.write_text(text.replace("[mlp_out, z]", "mlp_out").replace("[1, 8]", "[8]"))
+    found = done(path)
+    held = found.manifest["pairs"]
+    assert held["n"] == held["measured"] == 12 - held["dropped"]
+    assert held["dropped"] >= 6
+    said = f"{held['dropped']} more that the model gets wrong were left out"
+    assert said in (found.folder / "report.html").read_text()
+
+
 def test_the_same_numbers_give_the_same_bytes(recorded, tmp_path, monkeypatch):
     import matplotlib as mpl
 
@@ -154,6 +243,70 @@ def test_a_complete_run_is_left_as_it_is(recorded, tmp_path):
     assert not again.is_recorded
     run(tmp_path / "home" / "spec.yaml", again.folder, progress=False)
     assert Run(again.folder).manifest["files"] == recorded.manifest["files"]
+
+
+def test_a_record_that_was_tampered_with_is_written_anew(recorded, tmp_path):
+    again = moved(recorded, tmp_path / "home")
+    for name in ("summary.parquet", "report.html", "manifest.json"):
+        path = again.folder / name
+        content = path.read_bytes()
+        path.write_bytes(b"{}")
+        assert again.is_recorded
+        assert not Run(again.folder).is_whole
+        path.write_bytes(content)
+        assert Run(again.folder).is_whole
+    (again.folder / "summary.parquet").unlink()
+    found = run(tmp_path / "home" / "spec.yaml", again.folder, progress=False)
+    assert found.is_whole
+    assert found.manifest["files"] == recorded.manifest["files"]
+
+
+def test_a_manifest_of_another_schema_is_no_record(recorded, tmp_path):
+    again = moved(recorded, tmp_path / "home")
+    held = {**again.manifest, "schema": 1}
+    (again.folder / "manifest.json").write_text(json.dumps({**held, "sha256": hash_of(held)}))
+    with pytest.raises(StoreError, match=r"not what was written \(schema 1, not 2\): run again"):
+        Run(again.folder).manifest  # noqa: B018
+    assert not Run(again.folder).is_whole
+
+
+def test_no_record_is_made_of_a_damaged_unit_or_for_another_spec(recorded, tmp_path):
+    again = moved(recorded, tmp_path / "home")
+    before = (again.folder / "manifest.json").read_bytes()
+    path = tmp_path / "home" / "spec.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("draws: 300", "draws: 400"))
+    with pytest.raises(InputError, match=r"another spec: spec.statistics.draws is 300 there"):
+        again.write_record()
+    path.write_text(text)
+    unit = next(iter(again.store.files().values()))
+    unit.write_bytes(unit.read_bytes()[:-9] + b"123456789")
+    with pytest.raises(StoreError, match=f"{unit.name} is not what was written: delete it"):
+        again.write_record()
+    assert (again.folder / "manifest.json").read_bytes() == before
+
+
+def test_two_who_write_the_record_at_once_leave_a_whole_one(recorded, tmp_path, monkeypatch):
+    again, put = moved(recorded, tmp_path / "home"), folder.put
+    made = {name: (again.folder / name).read_bytes() for name in again.manifest["files"]}
+    made["manifest.json"] = (again.folder / "manifest.json").read_bytes()
+    monkeypatch.setattr(Run, "_files", lambda self, job: made)
+    others = []
+
+    def late(where, chunks, name):
+        target = put(where, chunks, name)
+        if target.name == "manifest.json" and len(others) < 2:  # another's page comes after it
+            others.append(target)
+            (again.folder / "report.html").write_text("of another machine")
+        return target
+
+    monkeypatch.setattr(folder, "put", late)
+    again.write_record()
+    assert len(others) == 2
+    assert again.is_whole
+    monkeypatch.setattr(folder, "TRIES", 0)
+    with pytest.raises(StoreError, match="others write this record too"):
+        again.write_record()
 
 
 def test_a_run_with_missing_units_has_no_record_yet(recorded, tmp_path):
@@ -187,25 +340,38 @@ def test_other_results_are_no_run(tmp_path):
         Run(tmp_path / "out")
 
 
-def test_a_checkout_tells_its_commit_and_an_installed_package_none(tmp_path, monkeypatch):
+@pytest.fixture
+def asked_anew():
+    """Code that is asked for in a test is not remembered in the next one."""
+    version.code.cache_clear()
+    yield version.code.cache_clear
+    version.code.cache_clear()
+
+
+def test_a_checkout_tells_its_commit_and_an_installed_package_none(
+    tmp_path, monkeypatch, asked_anew
+):
     def git(*args):
         subprocess.run(["git", "-C", str(tmp_path), *args], check=True, capture_output=True)
 
     package = tmp_path / "g4lens"
     package.mkdir()
     (package / "__init__.py").write_text("a = 1\n")
-    monkeypatch.setattr(provenance, "PACKAGE", package)
+    monkeypatch.setattr(version, "PACKAGE", package)
     git("init", "-q")
-    assert provenance.code()["commit"] is None  # in a checkout, but not of it
+    assert version.code()["commit"] is None  # in a checkout, but not of it
     git("add", ".")
     git("-c", "user.name=n", "-c", "user.email=e@example.org", "commit", "-qm", "m")
-    clean = provenance.code()
+    asked_anew()
+    clean = version.code()
     assert len(clean["commit"]) == 40
     assert clean["diff"] is None
     (package / "__init__.py").write_text("a = 2\n")
-    assert len(provenance.code()["diff"]) == 64
+    asked_anew()
+    assert len(version.code()["diff"]) == 64
+    asked_anew()
     monkeypatch.setenv("PATH", "")
-    assert provenance.code()["commit"] is None
+    assert version.code()["commit"] is None
 
 
 def test_reading_a_record_loads_no_plots(recorded):

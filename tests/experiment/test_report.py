@@ -10,7 +10,8 @@ import pytest
 
 from g4lens import cli
 from g4lens.errors import InputError, StoreError
-from g4lens.experiment.record import compare
+from g4lens.experiment.record import Comparison, compare
+from g4lens.experiment.record.manifest import hash_of
 from tests.experiment.recorded import (
     HOSTILE,
     SPEC,
@@ -67,6 +68,9 @@ def test_the_page_has_what_an_appendix_needs(recorded):
         assert heading in text
     for check in manifest["checks"]:
         assert check["name"] in text
+    assert "It is of one cell by itself: among many cells some intervals miss the truth" in text
+    assert "random, a control" not in text  # none was run
+    assert "permuted, a control: answer and foil exchanged in half of each template" in text
     for told in (
         manifest["run"],
         manifest["model"]["weights"]["model.safetensors"],
@@ -81,6 +85,8 @@ def test_the_page_has_what_an_appendix_needs(recorded):
     ):
         assert told in text, told
     row = recorded.summary.query("variant == 'mlp_out.zero' and baseline == 'none'").iloc[0]
+    ends = [f"{row[name]:.3g}".replace("-", "\u2212") for name in ("base", "target")]
+    assert f"base {ends[0]}, target {ends[1]}" in text
     assert f"{row['mean']:.3g}".replace("-", "\u2212") in text
 
 
@@ -128,6 +134,31 @@ def test_runs_of_the_same_inputs_stand_side_by_side(recorded, others):
     assert "mlp_out.zero, logit_diff" in repr(several)
 
 
+def test_runs_of_other_kinds_keep_their_own_cells_and_conditions(recorded, tmp_path):
+    """A map of blocks and heads beside one of edges: no cell is lost or taken for another."""
+    whole = recorded.summary
+    cut = whole.query("variant == 'z.zero'").rename(columns={"head": "edge"})
+    cut = cut.assign(edge="from " + cut["edge"].astype(str), variant="cut", site="attn_scores")
+    first = ["variant", "baseline", "metric", "edge", "layer"]
+    cut = cut[[*first, *(name for name in cut if name not in first)]]
+    several = Comparison({"run": recorded, "cut": recorded}, {"run": whole, "cut": cut}, None, ())
+    rows = [row for row in several.rows(5) if row["of"] == "cut, logit_diff"]
+    own = cut.query("baseline == 'none'")
+    cells = [f"layer {x.layer}, edge {x.edge}" for x in own.itertuples()]
+    assert sorted(row["cell"] for row in rows) == sorted(cells)
+    assert rows[0]["runs"][0]["share"] == "\u2013"  # the other run has none
+    said = (
+        "share lost: method ablation, site attn_scores, granularity layer x head, positions all, "
+        "direction noise, ablation value zero"
+    )
+    assert rows[0]["conditions"] == [said]
+    assert f"({said})" in repr(several)
+    several.write(tmp_path / "both.html")
+    values = ("cut", "cut", "logit_diff", "ablation", "attn_scores", "layer x head", "all", "noise")
+    row = "".join(f'<td class="said">{value}</td>' for value in values)
+    assert row in (tmp_path / "both.html").read_text()
+
+
 def test_the_same_cells_share_a_row(recorded, tmp_path):
     copy = moved(recorded, tmp_path / "home").folder
     copy = copy.rename(copy.parent / "copy")
@@ -161,6 +192,24 @@ def test_weights_that_changed_under_their_name_are_not_merged(recorded, tmp_path
         r"weights.model.safetensors is '\w+\.\.\. in run and '\w+\.\.\. in changed", said
     )
     assert "though both name the model 'model'" in said
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "said"),
+    [
+        ("model", "inputs", r"inputs \(tokenizer, .*\) is '\w+\.\.\. in run and '0000"),
+        ("model", "config", r"config is '\w+\.\.\. in run and '0000"),
+        ("pairs", "sha256", r"pairs.sha256 is '\w+\.\.\. in run and '0000"),
+    ],
+)
+def test_each_hash_that_differs_is_named(recorded, tmp_path, part, key, said):
+    other = moved(recorded, tmp_path / "home")
+    held = {**other.manifest, part: {**other.manifest[part], key: "0" * 64}}
+    held["sha256"] = hash_of(held)
+    (other.folder / "manifest.json").write_text(json.dumps(held))
+    other.folder.rename(tmp_path / "other")
+    with pytest.raises(InputError, match=f"run and other cannot be merged: {said}"):
+        compare([recorded.folder, tmp_path / "other"])
 
 
 def test_other_pairs_are_not_merged(recorded, tmp_path):

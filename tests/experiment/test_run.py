@@ -73,6 +73,9 @@ def test_the_record_is_written_at_the_end(tmp_path):
     assert not (out / "manifest.json").exists()
     run(path, out, progress=False)
     assert {"manifest.json", "summary.parquet", "report.html"} < {p.name for p in out.iterdir()}
+    assert {p.name for p in (out / "chosen").iterdir()} == {
+        f"noise.logit_diff.{share}.json" for share in (0.05, 0.5)
+    }
 
 
 def test_parts_make_the_same_whole(tmp_path, capsys, unrecorded):
@@ -104,7 +107,9 @@ def test_a_lost_unit_is_done_again(tmp_path, unrecorded):
 def test_what_was_chosen_is_kept(tmp_path, unrecorded):
     """The circuits beside the numbers are those that were measured."""
     model, out = g4lens.load("tiny"), tmp_path / "out"
-    run(write(tmp_path / "home", "circuits"), out, progress=False)
+    path = write(tmp_path / "home", "circuits")
+    run(path, out, progress=False)
+    prepare(path).experiment.kind.keep(out / "chosen", ["logit_diff"])  # as the record does
     kept = {p.stem: Circuit.from_json(p, model) for p in (out / "chosen").iterdir()}
     assert set(kept) == {"noise.logit_diff.0.05", "noise.logit_diff.0.5"}
     table, pairs = frame(out).query("baseline == 'none'"), g4lens.tasks.pairs("capital", 8)
@@ -114,8 +119,9 @@ def test_what_was_chosen_is_kept(tmp_path, unrecorded):
         found = torch.tensor(table[table["share"] == share]["value"].to_numpy())
         torch.testing.assert_close(found, result.per_pair[:, 0], atol=1e-3, rtol=1e-4)
     kind = "{kind: steering, layers: [2, 5]}"
-    run(write(tmp_path / "home", kind), tmp_path / "steered", progress=False)
-    vectors = load_file(tmp_path / "steered" / "chosen" / "directions.safetensors")
+    steered = prepare(write(tmp_path / "home", kind)).experiment.kind
+    steered.keep(tmp_path / "steered", ["logit_diff"])
+    vectors = load_file(tmp_path / "steered" / "directions.safetensors")
     assert set(vectors) == {f"difference_of_means.{i}.resid_post" for i in (2, 5)}
     assert vectors["difference_of_means.2.resid_post"].shape == (model.cfg.d_model,)
 

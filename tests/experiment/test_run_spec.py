@@ -71,6 +71,24 @@ def test_one_word_is_a_list_of_one(tmp_path):
         (f"{HEAD}{PAIRS}experiment: {{kind: steering}}", r"experiment\.layers is missing"),
         (f"{HEAD}{PAIRS}experiment: {{kind: knockout, edges: [[a]]}}", r"experiment\.edges\[0\]"),
         (f"{HEAD}{PAIRS}experiment: {{kind: circuits, shares: [2]}}", r"shares\[0\] is 2"),
+        (f"{HEAD}{PAIRS}experiment: {{kind: circuits, shares: [1, 1]}}", "shares.*twice"),
+        (
+            f"{HEAD}{PAIRS}experiment: {{kind: steering, layers: [3, 3]}}",
+            r"layers: \[3, 3\].*twice",
+        ),
+        (f"{HEAD}{PAIRS}experiment: {{kind: knockout, edges: [[a, b], [a, b]]}}", "edges.*twice"),
+        (f"{HEAD}{PAIRS}experiment: {{kind: ablation, site: [z, pattern]}}", "'pattern' cannot be"),
+        (
+            f"{HEAD}{PAIRS}experiment: {{kind: ablation, site: [z, ple_out], post_norm: frozen}}",
+            "experiment: post_norm 'frozen' goes with z and mlp_post, not with 'ple_out'",
+        ),
+        (f"{HEAD}{PAIRS}experiment: {{kind: patching, carry: [kv, kv]}}", "carry.*twice"),
+        (
+            f"{HEAD}{PAIRS}experiment: {{kind: steering, layers: [3], strengths: [.inf]}}",
+            r"experiment\.strengths\[0\] is inf: .*finite",
+        ),
+        (f"{HEAD}{PAIRS}{KIND}metrics: [os.system]", "Metrics: logit_diff, logit, prob"),
+        (f"{HEAD}{PAIRS}experiment: {{kind: patching, heads: []}}", r"experiment\.heads"),
         (f"{HEAD}{PAIRS}{KIND}baselines: {{randm: 0}}", r"baselines\.randm is unknown.*'random'"),
         (f"{HEAD}{PAIRS}{KIND}statistics: {{alpha: 0.9}}", r"statistics\.alpha is 0\.9"),
         (f"{HEAD}{KIND}pairs: {{task: captal, n: 3}}", r"pairs.*'captal'.*'capital'"),
@@ -103,6 +121,10 @@ def test_pairs_of_a_file(tmp_path):
         load("{file: ../p.jsonl}")
     with pytest.raises(InputError, match="no file"):
         load("{file: q.jsonl}")
+    lonely = [g4lens.Pair("a", "b", " c")]
+    g4lens.Pairs(lonely).to_jsonl(tmp_path / "lonely.jsonl")
+    with pytest.raises(InputError, match=r"pairs\.filter: pair 0 has no foil"):
+        load("{file: lonely.jsonl, filter: true}")
     (tmp_path / "x.jsonl").write_text(
         '{"clean": [{"image": "no.png"}], "corrupted": "b", "answer": "c"}'
     )

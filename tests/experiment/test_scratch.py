@@ -10,6 +10,7 @@ import torch
 import g4lens
 from g4lens import InputError
 from g4lens.errors import StoreError
+from g4lens.experiment import scratch
 from g4lens.experiment.caching import cache_activations
 from g4lens.experiment.scratch import Scratch
 
@@ -72,3 +73,10 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(StoreError, match=r"no room for 0.00 GB of activations \(No space left"):
         Scratch(tmp_path)(torch.zeros(3))
+
+
+def test_a_system_that_cannot_reserve_room(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr(scratch, "PIECE", 7)
+    x = torch.arange(30).reshape(2, 15)
+    assert torch.equal(Scratch(tmp_path)(x), x)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from g4lens.errors import InputError, StoreError
 from g4lens.experiment import files
+from g4lens.experiment import store as store_module
 from g4lens.experiment.store import UnitStore
 
 UNITS = ["a", "b", "c"]
@@ -130,6 +131,36 @@ def test_shards_without_their_spec_are_not_adopted(tmp_path, tensors):
         UnitStore(tmp_path, SPEC, UNITS)
 
 
+def test_a_spec_tampered_with_is_refused(tmp_path, tensors):
+    UnitStore(tmp_path, SPEC, UNITS).commit("a", tensors)
+    path = tmp_path / "spec.json"
+    path.write_text(path.read_text().replace('"y": 1', '"y": 2'))
+    for spec in (SPEC, {"x": {"y": 2, "z": [1, 2]}}):
+        with pytest.raises(InputError, match=r"spec\.json is not readable .*its hash is another"):
+            UnitStore(tmp_path, spec, UNITS)
+
+
+def test_another_job_that_begins_while_one_looks(tmp_path, tensors, monkeypatch):
+    UnitStore(tmp_path, SPEC, UNITS).commit("a", tensors)
+    held, calls = store_module._held, iter([None])
+    monkeypatch.setattr(store_module, "_held", lambda folder: next(calls, held(folder)))
+    assert UnitStore(tmp_path, SPEC, UNITS).missing() == ["b", "c"]
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
+        UnitStore(tmp_path, SPEC, UNITS)
+
+
+def test_what_nfs_makes_of_open_files_is_no_stranger(tmp_path):
+    (tmp_path / ".nfs0001").write_text("")
+    assert UnitStore(tmp_path, SPEC, UNITS).missing() == UNITS
+
+
 @pytest.mark.parametrize("units", [["a/b"], ["a", "a"], ["a-b"], [""]])
 def test_units_are_file_names(tmp_path, units):
     with pytest.raises(InputError, match="each once"):
@@ -221,6 +252,54 @@ def test_two_writers_of_one_unit(tmp_path, tensors):
     index = stores[1].index()
     assert index.groupby(["unit", "prompt", "name"]).size().eq(1).all()
     assert stores[0].verify() == [] and stores[1].missing() == []
+
+
+def test_of_two_that_begin_at_once_the_first_one_counts(tmp_path, tensors, monkeypatch):
+    first, second = UnitStore(tmp_path, SPEC, UNITS), UnitStore(tmp_path, {"x": 2}, UNITS)
+    write = files._write
+
+    def slowly(file, chunks):
+        digest = write(file, chunks)
+        if not (tmp_path / "spec.json").exists():
+            monkeypatch.setattr(files, "_write", write)
+            first.begin()  # while the second one is about to name its file
+        return digest
+
+    monkeypatch.setattr(files, "_write", slowly)
+    with pytest.raises(InputError, match=r"another spec: x is .* there and 2 here"):
+        second.commit("a", tensors)
+    first.commit("b", tensors)
+    assert names_in(tmp_path) == [f"shards/{first.files()['b'].name}", "spec.json"]
+    assert json.loads((tmp_path / "spec.json").read_text())["spec"] == SPEC
+
+
+def test_a_file_system_without_links_will_do(tmp_path, tensors, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    store = UnitStore(tmp_path, SPEC, UNITS)
+    store.commit("a", tensors)
+    assert UnitStore.open(tmp_path).missing() == ["b", "c"]
+    assert names_in(tmp_path) == [f"shards/{store.files()['a'].name}", "spec.json"]
+
+
+def test_a_file_system_without_locks_says_so(tmp_path, tensors, monkeypatch):
+    import fcntl
+
+    def none(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(StoreError, match="a file system without locks"):
+        UnitStore(tmp_path / "x", SPEC, UNITS).commit("a", tensors)
+    assert names_in(tmp_path) == []
+
+
+def test_a_unit_without_tensors(tmp_path):
+    store = UnitStore(tmp_path, SPEC, UNITS)
+    store.commit("a", {})
+    assert store.shard("a").entries == {} and store.index()["rows"].tolist() == [0]
 
 
 def test_a_full_disk(tmp_path, tensors, monkeypatch):

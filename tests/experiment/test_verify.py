@@ -7,7 +7,9 @@ import pytest
 
 from g4lens import cli
 from g4lens.errors import InputError
-from g4lens.experiment.record import Run
+from g4lens.experiment import version
+from g4lens.experiment.record import Run, provenance
+from g4lens.experiment.record.manifest import hash_of
 from tests.experiment.recorded import change_weights, done, moved, pictured, written
 
 
@@ -86,6 +88,47 @@ def test_a_unit_that_was_exchanged_with_its_hash_is_not_that_of_the_record(again
     assert problems == (f"unit {unit} is not the one that the record is of",)
 
 
+def rewrite_manifest(of, **changes):
+    held = {**of.manifest, **changes}
+    held["sha256"] = hash_of(held)
+    (of.folder / "manifest.json").write_text(json.dumps(held))
+
+
+def test_the_manifest_of_another_run_is_refused(again):
+    own = again.manifest["run"]
+    units = {"other.0000": {"sha256": "0" * 64}}
+    rewrite_manifest(again, run="0123456789abcdef", units=units, media={"a": "b"}, tolerance={})
+    (problem,) = Run(again.folder).verify().problems
+    assert problem == (
+        f"{again.folder} has the manifest of run 0123456789abcdef, it is {own}: run again"
+    )
+    assert not Run(again.folder).is_whole
+
+
+def test_self_checks_that_failed_are_told(again):
+    first, *rest = again.manifest["checks"]
+    rewrite_manifest(again, checks=[{**first, "passed": False}, *rest])
+    name = first["name"]
+    verdict = Run(again.folder).verify(k=0)
+    assert verdict.passed  # it is what it says
+    assert f"self-check {name!r} failed when the record was written" in verdict.notes
+
+
+def test_what_was_chosen_has_its_hash(tmp_path):
+    path = written(tmp_path / "home")
+    kind = "{kind: steering, layers: [4], strengths: 1}"
+    text = path.read_text()
+    start = text.index("experiment:")
+    path.write_text(f"{text[:start]}experiment: {kind}\nstatistics: {{draws: 300}}\n")
+    run = done(path)
+    assert run.verify(k=0).passed
+    vectors = run.folder / "chosen" / "directions.safetensors"
+    assert "chosen/directions.safetensors" in run.manifest["files"]
+    vectors.write_bytes(vectors.read_bytes()[:-4] + b"1234")
+    (problem,) = run.verify(k=0).problems
+    assert problem == f"{vectors} is not what was written: run again"
+
+
 def test_changed_weights_under_the_same_name_are_named(again):
     change_weights(home_of(again))
     verdict = again.verify()
@@ -117,15 +160,19 @@ def test_other_pairs_are_told(again):
 
 
 def test_code_packages_and_machine_are_told_and_no_failure(again, monkeypatch):
-    from g4lens.experiment.record import provenance
-
     there = provenance.packages()
-    monkeypatch.setattr(provenance, "source", lambda: "0" * 64)
+    now = version.code()
+    monkeypatch.setattr(version, "code", lambda: {**now, "source": "0" * 64})
     monkeypatch.setattr(provenance, "packages", lambda: {**there, "torch": "9.9"})
     verdict = again.verify(k=1)
     assert verdict.passed
     assert any(line.startswith("code.source is") for line in verdict.notes)
     assert any(line.endswith("in the run and '9.9' now") for line in verdict.notes)
+    more = {f"package-{i:02}": "1" for i in range(12)}
+    monkeypatch.setattr(provenance, "packages", lambda: {**there, **more})
+    told = [line for line in again.verify(k=0).notes if "package" in line]
+    assert len(told) == 9
+    assert told[-1] == "4 more packages are others"
 
 
 def test_missing_and_changed_pictures_are_named(tmp_path):

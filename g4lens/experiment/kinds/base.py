@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from g4lens.analysis.groups import Group
+from g4lens.analysis.metrics import as_metric
 from g4lens.analysis.pairs import Pairs
 from g4lens.analysis.result import Axis, Result
 from g4lens.cost import Cost
@@ -46,6 +47,21 @@ class Chunk:
     numbers: tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What a control takes in the place of what is named.
+
+    Attributes:
+        chunk: the pairs, which name its positions.
+        names: by the name of each of its places what the place in its stead is called.
+        fewer: where there are not as many other positions, how few there are.
+    """
+
+    chunk: Chunk
+    names: dict[Any, Any]
+    fewer: str = ""
+
+
 class Kind(Generic[A]):
     """A kind of experiment on one model.
 
@@ -83,12 +99,13 @@ class Kind(Generic[A]):
         """All cells of one variant, for some pairs."""
         raise NotImplementedError
 
-    def drawn(self, chunk: Chunk, baseline: Baseline) -> tuple[Chunk, dict[Any, Any]]:
-        """Pairs that name the positions of a control, and how those are called otherwise.
+    def is_labelled(self, metric: str) -> bool:
+        """Can labels that are exchanged change anything in this metric?"""
+        return as_metric(metric).is_normalised  # KL knows neither answer nor foil
 
-        Raises: InputError: there are none to draw from.
-        """
-        return chunk, {}
+    def drawn(self, chunk: Chunk, baseline: Baseline) -> Drawn:
+        """The positions of a control. Raises: InputError: there are none to draw from."""
+        return Drawn(chunk, {})
 
     def keep(self, folder: Path, metrics: Sequence[str]) -> None:
         """Write what was chosen, if anything was, to files of a folder that need not be there."""

@@ -1,6 +1,7 @@
 """Kinds that choose on discovery pairs and measure on others: circuits and steering."""
 
 import hashlib
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -136,6 +137,10 @@ class SteeringRuns(Choosing[Steering]):
         """A vector of the whole stream has no others of its kind, but random ones."""
         return "the random direction is its control" if control == "random" else None
 
+    def is_labelled(self, metric: str) -> bool:
+        """The vector is made of pairs that are turned round, whatever is measured."""
+        return True
+
     def measure(
         self, options: dict[str, Any], baseline: Baseline, chunk: Chunk, metric: str
     ) -> Result:
@@ -167,7 +172,8 @@ class SteeringRuns(Choosing[Steering]):
         """What is added in a block: of a control, of the same length."""
         real = self._found(vector, layer, self.discovery, "")
         if baseline.kind == "direction":
-            return real.random(1000 * baseline.seed + baseline.draw)
+            draws = random.Random(baseline.seeded(vector, layer))
+            return real.random(draws.getrandbits(31))
         if baseline.kind == "permuted":
             pairs = self._once(str(baseline), lambda: turned(self.discovery, baseline))
             other = self._found(vector, layer, pairs, str(baseline))
@@ -198,8 +204,12 @@ class SteeringRuns(Choosing[Steering]):
 
     def cost(self, options: dict[str, Any], groups: Sequence[Group], metric: str) -> Cost:
         """A pass for each block and strength, and the finding."""
-        args, n = self.args, sum(map(len, groups))
-        checked_layers(self.model.cfg, site_named(args.site), list(args.layers))
+        args, cfg, n = self.args, self.model.cfg, sum(map(len, groups))
+        is_function = options["vector"] == "function_vector"
+        most = cfg.n_layers * cfg.n_heads
+        if is_function and args.n_heads > most:
+            raise InputError(f"n_heads is {args.n_heads}, expected 1 to {most}")
+        checked_layers(cfg, site_named(args.site), list(args.layers))
         if args.steered is not None:
             for group in groups:
                 group.places(args.steered, args.side)
@@ -208,6 +218,6 @@ class SteeringRuns(Choosing[Steering]):
                 group.places(args.positions, side)
         cells = n * len(args.layers) * len(args.strengths)
         found = 2 * len(self.discovery) * len(args.layers)
-        if options["vector"] == "function_vector":
-            found = len(self.discovery) * self.model.cfg.n_layers * self.model.cfg.n_heads
+        if is_function:
+            found = len(self.discovery) * most
         return Cost(cells, 0, cells + 2 * n + found, cells, BUDGET)

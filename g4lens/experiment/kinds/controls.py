@@ -1,15 +1,16 @@
 """Controls: labels exchanged at random, and other heads and positions of the same layers."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+from g4lens.analysis.groups import SIDES, Group
 from g4lens.analysis.pairs import Pair, Pairs
 from g4lens.analysis.scope import label
 from g4lens.errors import InputError
-from g4lens.experiment.kinds.base import Baseline, Chunk
+from g4lens.experiment.kinds.base import Baseline, Chunk, Drawn
 from g4lens.model.gemma4 import Gemma4
 
 
@@ -71,8 +72,12 @@ def other_heads(
 
 
 def other_places(
-    model: Gemma4, chunk: Chunk, places: Sequence[Any], baseline: Baseline
-) -> tuple[Chunk, dict[str, int | str]]:
+    model: Gemma4,
+    chunk: Chunk,
+    places: Sequence[Any],
+    baseline: Baseline,
+    seen_by: Mapping[int | str, Sequence[Any]] | None = None,
+) -> Drawn:
     """The pairs with a place of random positions beside each of theirs.
 
     As many positions, as far as there are, none of which belongs to any of the places on either
@@ -83,33 +88,41 @@ def other_places(
         chunk: the pairs.
         places: as `positions=` takes them.
         baseline: what is drawn.
-
-    Returns: the pairs, and by the name of the new place what the old one is called.
+        seen_by: by the label of a place those that look at it: positions that stand behind them on
+            both sides are not drawn.
 
     Raises: InputError: the places are all there is in a prompt.
     """
     names = {f"random, for {label(place)}": place for place in places}
-    drawn = list(chunk.pairs)
+    drawn, fewest = list(chunk.pairs), (1, 1)
     for group in chunk.pairs.on(model, "logit"):
-        found = {
-            name: [group.places(place, side).tolist() for side in ("clean", "corrupted")]
+        found = {name: _both_sides(group, [place]) for name, place in names.items()}
+        n = min(group.length("clean"), group.length("corrupted"))
+        lasts = {
+            name: [n - 1] * len(group)
+            if seen_by is None
+            else list(map(max, _both_sides(group, seen_by[label(place)])))
             for name, place in names.items()
         }
-        n = min(group.length("clean"), group.length("corrupted"))
         for row, i in enumerate(group.index):
-            mine = {
-                name: [[p for p in side[row] if p >= 0] for side in sides]
-                for name, sides in found.items()
-            }
-            taken = {p for sides in mine.values() for side in sides for p in side}
-            free = [p for p in range(1, n) if p not in taken]
+            taken = {p for rows in found.values() for p in rows[row]}
             draws = random.Random(baseline.seeded("places", chunk.numbers[i]))
-            if not free:
-                raise InputError(f"pair {chunk.numbers[i]} has no other positions to draw from")
-            new = {
-                name: sorted(draws.sample(free, min(max(map(len, sides)), len(free))))
-                for name, sides in mine.items()
-            }
+            new = {}
+            for name, place in names.items():
+                free = [p for p in range(1, n) if p not in taken and p <= lasts[name][row]]
+                if not free:
+                    raise InputError(f"pair {chunk.numbers[i]} has no other positions to draw from")
+                wanted = max(int((group.places(place, side)[row] >= 0).sum()) for side in SIDES)
+                new[name] = sorted(draws.sample(free, min(wanted, len(free))))
+                fewest = min(fewest, (len(new[name]), wanted), key=lambda x: x[0] / x[1])
             pair = drawn[i]
             drawn[i] = replace(pair, positions={**pair.positions, **new})
-    return Chunk(Pairs(drawn), chunk.numbers), {name: label(place) for name, place in names.items()}
+    fewer = "" if fewest == (1, 1) else f", in places but {fewest[0]} for {fewest[1]}"
+    called = {name: label(place) for name, place in names.items()}
+    return Drawn(Chunk(Pairs(drawn), chunk.numbers), called, fewer)
+
+
+def _both_sides(group: Group, places: Sequence[Any]) -> list[set[int]]:
+    """Of each pair of a group the positions of places, whichever side they are on."""
+    each = [group.places(place, side).tolist() for place in places for side in SIDES]
+    return [{p for found in each for p in found[row] if p >= 0} for row in range(len(group))]

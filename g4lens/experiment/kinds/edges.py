@@ -13,7 +13,15 @@ from g4lens.analysis.result import Result
 from g4lens.analysis.scope import label
 from g4lens.cost import Cost
 from g4lens.errors import InputError, did_you_mean
-from g4lens.experiment.kinds.base import NO_VECTOR, Baseline, Chunk, Control, Kind, relabelled
+from g4lens.experiment.kinds.base import (
+    NO_VECTOR,
+    Baseline,
+    Chunk,
+    Control,
+    Drawn,
+    Kind,
+    relabelled,
+)
 from g4lens.experiment.kinds.controls import other_heads, other_places
 from g4lens.experiment.run_spec import Knockout, PathPatching
 from g4lens.model.gemma4 import Gemma4
@@ -42,18 +50,23 @@ class KnockoutRuns(Kind[Knockout]):
         given, edges = self._given(options), self._edges
         if baseline.kind != "random":
             return knockout(self.model, chunk.pairs, metric, edges=edges, **given, progress=False)
-        chunk, names = self.drawn(chunk, baseline)
-        new = {old: name for name, old in names.items()}
+        other = self.drawn(chunk, baseline)
+        new = {old: name for name, old in other.names.items()}
         drawn = [(new[label(source)], target) for source, target in edges]
-        result = knockout(self.model, chunk.pairs, metric, edges=drawn, **given, progress=False)
+        pairs = other.chunk.pairs
+        result = knockout(self.model, pairs, metric, edges=drawn, **given, progress=False)
         called = [f"{source} -> {target}" for source, target in edges]
         was = [f"{source} -> {target}" for source, target in drawn]
-        return relabelled(result, "edge", dict(zip(was, called, strict=True)), "sources")
+        names = dict(zip(was, called, strict=True))
+        return relabelled(result, "edge", names, f"sources{other.fewer}")
 
-    def drawn(self, chunk: Chunk, baseline: Baseline) -> tuple[Chunk, dict[Any, Any]]:
-        """As many other positions for each source."""
+    def drawn(self, chunk: Chunk, baseline: Baseline) -> Drawn:
+        """As many other positions for each source, none behind all that look at it."""
         sources = list({str(source): source for source, _ in self.args.edges}.values())
-        return other_places(self.model, chunk, sources, baseline)
+        targets: dict[int | str, list[Any]] = {}
+        for source, target in self.args.edges:
+            targets.setdefault(label(source), []).append(target)
+        return other_places(self.model, chunk, sources, baseline, targets)
 
     @property
     def _edges(self) -> list[tuple[Any, Any]]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,7 +100,14 @@ class Experiment:
         told = [[(pair.answer, pair.foil) for pair in pairs] for pairs in (same, self._measured)]
         if control == "permuted" and not self.kind.permutes and told[0] == told[1]:
             return "no pair has a foil, or another answer in its template"
+        if control == "permuted" and not self._metrics(Baseline("permuted")):
+            return f"{', '.join(self.spec.metrics)} depends on no label"
         return self.kind.absent(control)
+
+    def _metrics(self, baseline: Baseline) -> list[str]:
+        """The metrics that are measured: with permuted labels those that depend on any."""
+        is_permuted = baseline.kind == "permuted"
+        return [x for x in self.spec.metrics if not is_permuted or self.kind.is_labelled(x)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Experiment, (self.spec, self.model, self.pairs)  # not what was made on the way
@@ -136,13 +144,13 @@ class Experiment:
         except InputError as error:
             raise InputError(f"experiment: {error}") from None
 
-    def _costs(self) -> Iterator[tuple[str, Cost]]:
+    def _costs(self) -> Iterator[tuple[str, str, Cost]]:
         """Of each variant and metric."""
         for metric in self.spec.metrics:
             groups = self._measured.on(self.model, metric)
             _check_labels(as_metric(metric), groups)
             for variant, options in self.kind.variants().items():
-                yield variant, self.kind.cost(options, groups, metric)
+                yield variant, metric, self.kind.cost(options, groups, metric)
 
     # ---- what it follows from, and what it costs
 
@@ -177,22 +185,24 @@ class Experiment:
         """
         import pandas as pd
 
-        costs: dict[str, list[Cost]] = {}
-        for variant, cost in self._costs():
-            costs.setdefault(variant, []).append(cost)
+        costs = {(variant, metric): cost for variant, metric, cost in self._costs()}
         seconds, n = self._seconds(), -(-len(self._numbers) // self.spec.pairs_per_unit)
         rows = []
-        for variant, each in costs.items():
+        for variant, baseline in product(self.kind.variants(), self.baselines):
+            each = [costs[variant, metric] for metric in self._metrics(baseline)]
             passes = sum(cost.passes for cost in each)
-            row = {
-                "units": n,
-                "cells": sum(cost.cells + cost.skipped for cost in each),
-                "removed": sum(cost.skipped for cost in each),
-                "passes": round(passes, 1),
-                "seconds": round(passes * seconds, 2),
-                "bytes": max(cost.bytes for cost in each),
-            }
-            rows += [{"variant": variant, "baseline": str(b), **row} for b in self.baselines]
+            rows.append(
+                {
+                    "variant": variant,
+                    "baseline": str(baseline),
+                    "units": n,
+                    "cells": sum(cost.cells + cost.skipped for cost in each),
+                    "removed": sum(cost.skipped for cost in each),
+                    "passes": round(passes, 1),
+                    "seconds": round(passes * seconds, 2),
+                    "bytes": max(cost.bytes for cost in each),
+                }
+            )
         return pd.DataFrame(rows)
 
     def _seconds(self) -> float:
@@ -227,7 +237,7 @@ class Experiment:
         options = self.kind.variants()[job.variant]
         frames = [
             self._tidy(self.kind.measure(options, job.baseline, chunk, metric), job, chunk, metric)
-            for metric in self.spec.metrics
+            for metric in self._metrics(job.baseline)
         ]
         return pd.concat(frames, ignore_index=True)
 

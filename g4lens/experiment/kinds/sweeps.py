@@ -1,4 +1,4 @@
-"""Kinds that choose nothing: patching, ablation, knockout, path patching, attribution."""
+"""Kinds that sweep the cells of a site: patching, ablation, attribution."""
 
 import random
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from g4lens.analysis.ablation import ablation
 from g4lens.analysis.engine import BUDGET
 from g4lens.analysis.gradients.attribution_patching import attribution_patching
 from g4lens.analysis.groups import Group, Side
-from g4lens.analysis.metrics import as_metric
+from g4lens.analysis.metrics import Metric, as_metric
 from g4lens.analysis.patching import SIDES_OF, activation_patching
 from g4lens.analysis.reach import cells as reached
 from g4lens.analysis.reference import Reference
@@ -24,6 +24,7 @@ from g4lens.experiment.kinds.base import (
     Baseline,
     Chunk,
     Control,
+    Drawn,
     Kind,
     relabelled,
 )
@@ -73,15 +74,16 @@ class SiteSweep(Kind[A]):
             result = self._run(chunk, metric, baseline, {**given, "heads": list(drawn.values())})
             called = ", ".join(f"head {new} for {old}" for old, new in drawn.items())
             return relabelled(result, "head", {new: old for old, new in drawn.items()}, called)
-        chunk, names = self.drawn(chunk, baseline)
-        result = self._run(chunk, metric, baseline, {**given, "positions": list(names)})
+        other = self.drawn(chunk, baseline)
+        places = list(other.names)
+        result = self._run(other.chunk, metric, baseline, {**given, "positions": places})
         result.about["positions"] = str(given["positions"])
-        return relabelled(result, "pos", names, "positions")
+        return relabelled(result, "pos", other.names, f"positions{other.fewer}")
 
-    def drawn(self, chunk: Chunk, baseline: Baseline) -> tuple[Chunk, dict[Any, Any]]:
+    def drawn(self, chunk: Chunk, baseline: Baseline) -> Drawn:
         """As many other positions for each place that is named."""
         if self._spare_heads:
-            return chunk, {}
+            return Drawn(chunk, {})
         return other_places(self.model, chunk, self._named_places or [], baseline)
 
     def cost(self, options: dict[str, Any], groups: Sequence[Group], metric: str) -> Cost:
@@ -176,22 +178,31 @@ class AblationRuns(SiteSweep[Ablation]):
 
     def _run(self, chunk: Chunk, metric: str, baseline: Baseline, given: dict[str, Any]) -> Result:
         """Means and draws are those of all pairs, whichever are measured."""
-        fn, args, turned = as_metric(metric), self.args, baseline.kind == "direction"
+        turned = baseline.kind == "direction"
         draws = baseline if turned else Baseline("none", 0, self.seed)
-        key = (given["site"], given["value"], fn.name if fn.forced else "")
-        if key not in self._references:
-            groups = self.pairs.on(self.model, fn)
-            self._references[key] = Reference(self.model, groups, *key[:2], args.layers, args.bos)
         return ablation(
             self.model,
             chunk.pairs,
             metric,
             **given,
             seed=random.Random(draws.seeded("values", chunk.numbers[0])).getrandbits(31),
-            reference=self._references[key],
+            reference=self._reference(given, as_metric(metric)),
             turned=turned,
             progress=False,
         )
+
+    def _reference(self, given: dict[str, Any], metric: Metric) -> Reference:
+        """What stands in the place of the ablated, made once."""
+        key = (given["site"], given["value"], metric.name if metric.forced else "")
+        if key not in self._references:
+            groups, args = self.pairs.on(self.model, metric), self.args
+            self._references[key] = Reference(self.model, groups, *key[:2], args.layers, args.bos)
+        return self._references[key]
+
+    def cost(self, options: dict[str, Any], groups: Sequence[Group], metric: str) -> Cost:
+        """Those of the cells; the reference is checked, and costs a pass over all prompts."""
+        self._reference(self._given(options), as_metric(metric))
+        return super().cost(options, groups, metric)
 
     def variants(self) -> dict[str, dict[str, Any]]:
         """Each site with each value."""

@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from g4lens.errors import InputError
 from g4lens.experiment.files import put
-from g4lens.experiment.record import page
+from g4lens.experiment.record import page, provenance
 from g4lens.experiment.record.folder import Run
-from g4lens.experiment.record.summary import Key
+from g4lens.experiment.record.summary import STATED, Key
 from g4lens.experiment.store import differences
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# of what runs must agree in to be merged: hashes, not settings
-HASHES = ("weights", "config", "inputs", "edited")
+# of the model, what runs must agree in to be merged (hashes, not settings), and its name
+HASHES = {
+    "weights": "weights",
+    "config": "config",
+    "inputs": "inputs (tokenizer, chat template, processor)",
+    "edited": "edited",
+}
 MOST = 5  # cells of each variant in words, where it has many
 SHOWN = ("mean", "recovered", "recovered_low", "recovered_high", "effect", "p_adj")
 
@@ -28,11 +33,14 @@ class Comparison:
 
     Attributes:
         runs: by the names that tell them apart.
+        summaries: of each run.
         table: a row for each variant, baseline, metric and cell; columns (run, statistic).
-        differences: a line for each setting, version or machine in which two runs differ.
+        differences: a line for each setting, version or machine in which a run differs from the
+            first one.
     """
 
     runs: dict[str, Run]
+    summaries: dict[str, Any]
     table: Any
     differences: tuple[str, ...]
 
@@ -43,7 +51,7 @@ class Comparison:
             most: how many of each variant's cells, where it has many.
         """
         own: Any = self.long.query("baseline == 'none'")
-        names = page.cell_names(own.drop(columns="run"))
+        names = _cells(self.summaries)
         for (variant, metric), rows in own.groupby(["variant", "metric"], sort=False):
             cells = rows.assign(cell=[page.cell_of(row, names) for row in rows.to_dict("records")])
             largest = cells.assign(size=cells["effect"].abs()).groupby("cell", sort=False)["size"]
@@ -56,6 +64,7 @@ class Comparison:
                 yield {
                     "span": len(chosen) * (i == 0),
                     "of": f"{variant}, {metric}",
+                    "conditions": _conditions(rows) if i == 0 else [],
                     "cell": cell,
                     "runs": [_told(by_run.get(name)) for name in self.runs],
                 }
@@ -65,7 +74,7 @@ class Comparison:
         """The summaries of all runs below each other, the run before them."""
         import pandas as pd
 
-        frames: Any = {name: run.summary for name, run in self.runs.items()}
+        frames: Any = self.summaries
         return pd.concat(frames, names=["run", None]).reset_index("run").reset_index(drop=True)
 
     def __repr__(self) -> str:
@@ -76,6 +85,7 @@ class Comparison:
                     "",
                     f"{row['of']:<40} {'  '.join(f'{n:<34}' for n in self.runs)}".rstrip(),
                 ]
+                lines += [f"  ({line})" for line in row["conditions"]]
             told = (
                 f"{one['share']:<9} {one['interval']:<18} {one['p_adj']:<5}" for one in row["runs"]
             )
@@ -111,13 +121,16 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
         _refuse_others(first, runs[first], name, run)
         changed += _settings(first, runs[first].manifest, name, run.manifest)
     tables = {name: run.summary for name, run in runs.items()}
-    cells = list(
-        dict.fromkeys(column for table in tables.values() for column in page.cell_names(table))
-    )
+    cells = _cells(tables)
     wide = pd.concat(
         {name: _indexed(table, cells) for name, table in tables.items()}, axis=1, sort=False
     )
-    return Comparison(runs, wide, tuple(changed))
+    return Comparison(runs, tables, wide, tuple(changed))
+
+
+def _cells(tables: Mapping[str, Any]) -> list[str]:
+    """The columns that name a cell in any of several summaries."""
+    return list(dict.fromkeys(name for table in tables.values() for name in page.cell_names(table)))
 
 
 def _names(folders: Sequence[str | Path]) -> list[str]:
@@ -132,7 +145,9 @@ def _names(folders: Sequence[str | Path]) -> list[str]:
 def _refuse_others(first: str, one: Run, name: str, other: Run) -> None:
     """Raises: InputError: the runs do not follow from the same model and pairs."""
     a, b = one.manifest, other.manifest
-    found = [line for key in HASHES for line in _said(first, a["model"], name, b["model"], key)]
+    found: list[str] = []
+    for key, called in HASHES.items():
+        found += _said(first, a["model"], name, b["model"], key, called)
     if found and all(a["model"][key] == b["model"][key] for key in ("name", "revision")):
         found.append(f"though both name the model {a['model']['name']!r}")
     found += _said(first, a, name, b, "media")
@@ -143,8 +158,8 @@ def _refuse_others(first: str, one: Run, name: str, other: Run) -> None:
 
 def _settings(first: str, a: dict[str, Any], name: str, b: dict[str, Any]) -> list[str]:
     """What else is different."""
-    parts = ("spec", "code", "packages", "machine")
-    return [line for part in parts for line in _said(first, a, name, b, part)]
+    lines = [x for part in ("spec", "code", "machine") for x in _said(first, a, name, b, part)]
+    return lines + provenance.few(_said(first, a, name, b, "packages"))
 
 
 def _said(
@@ -154,6 +169,18 @@ def _said(
         line.replace(" there and ", f" in {first} and ").removesuffix(" here") + f" in {name}"
         for line in differences(a[key], b[key], called or key)
     ]
+
+
+def _conditions(rows: Any) -> list[str]:
+    """What the shown numbers of a variant are, a line for all runs or one for each kind of run."""
+    told: dict[str, list[str]] = {}
+    for name, mine in rows.groupby("run", sort=False):
+        row = mine.iloc[0]
+        is_lost = row["direction"] == "noise"
+        of = "mean" if mine["recovered"].isna().all() else "lost" if is_lost else "recovered"
+        stated = ", ".join(f"{key.replace('_', ' ')} {row[key]}" for key in STATED[:-1])
+        told.setdefault(f"{of if of == 'mean' else f'share {of}'}: {stated}", []).append(str(name))
+    return [line if len(told) == 1 else f"{', '.join(of)}: {line}" for line, of in told.items()]
 
 
 def _told(row: Mapping[str, Any] | None) -> dict[str, str]:

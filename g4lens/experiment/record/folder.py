@@ -6,6 +6,7 @@
     summary.parquet                       a row for each cell, with its statistics
     figures/*.svg, *.pdf                  the same bytes whenever the numbers are the same
     report.html                           all of it on a page that needs nothing else
+    chosen/                               circuits or steering vectors, if any were chosen
     manifest.json                         what it follows from, and the hash of every file above
 
 The manifest comes last: a folder that has one has a whole record.
@@ -13,25 +14,23 @@ The manifest comes last: a folder that has one has a whole record.
 
 import hashlib
 import json
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from g4lens.analysis.selfcheck import selfcheck
 from g4lens.errors import InputError, StoreError, listed
 from g4lens.experiment import tables
-from g4lens.experiment.attempts import attempts
 from g4lens.experiment.files import put, sha256
-from g4lens.experiment.record import page, provenance
+from g4lens.experiment.record import page
 from g4lens.experiment.record.figures import Drawn, figures
+from g4lens.experiment.record.manifest import SCHEMA, hash_of, manifest_of
 from g4lens.experiment.record.summary import (
     cell_columns,
     results,
     summary,
     with_plain_cells,
 )
-from g4lens.experiment.record.verify import Verdict, verify
+from g4lens.experiment.record.verify import Verdict, changed, verify
 from g4lens.experiment.run import Job, prepare
 from g4lens.experiment.store import UnitStore
 
@@ -44,8 +43,8 @@ MANIFEST, METRICS, SUMMARY, REPORT = (
     "summary.parquet",
     "report.html",
 )
-FIGURES = "figures"
-SCHEMA = 1
+FIGURES, CHOSEN = "figures", "chosen"
+TRIES = 3
 
 
 class Run:
@@ -77,11 +76,22 @@ class Run:
         """Is the record written?"""
         return (self.folder / MANIFEST).is_file()
 
+    @property
+    def is_whole(self) -> bool:
+        """Is it written, of this very run, and is every file of it as it was written?
+
+        Costs a read of the record's files.
+        """
+        try:
+            return self.is_recorded and not changed(self, self.manifest)
+        except StoreError:
+            return False
+
     # ---- reading
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """What the run follows from and what it was done with.
+        """What the run follows from and what it was done with; see `manifest_of`.
 
         Raises:
             InputError: the run is not complete. StoreError: the manifest is not what was written.
@@ -95,9 +105,10 @@ class Run:
             )
         try:
             held = json.loads(path.read_text("utf-8"))
-            if held["sha256"] == _hash(held):
+            if held["schema"] == SCHEMA and held["sha256"] == hash_of(held):
                 return held
-            why = "its hash is another"
+            older = held["schema"] != SCHEMA
+            why = f"schema {held['schema']}, not {SCHEMA}" if older else "its hash is another"
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             why = repr(error)
         raise StoreError(f"{path} is not what was written ({why}): run again")
@@ -140,35 +151,49 @@ class Run:
             job: what the run is; by default it is prepared again.
 
         Raises:
-            InputError: units are missing. StoreError: no space, no permission.
+            InputError: units are missing, or the spec or what it names is another by now.
+            StoreError: no space, no permission, a unit that is not what was written, or others who
+                write the same record again and again.
         """
         if missing := self.store.missing():
             raise InputError(f"{self.folder} has no units {listed(missing, 4)} yet: run again")
-        job = self.job() if job is None else job
+        for path in self.store.files().values():
+            if sha256(path) not in path.name:
+                raise StoreError(f"{path} is not what was written: delete it and run again")
+        if job is None:
+            job = self.job()
+            job.store(self.folder)  # the spec file may be another by now
+        files = self._files(job)
+        for _ in range(TRIES):  # another process may have come to the end at the same time
+            for name, content in files.items():
+                path = self.folder / name
+                put(path.parent, [content], lambda _, path=path: path.name)
+            self.__dict__.pop("manifest", None)
+            if self.is_whole:
+                return
+        raise StoreError(f"{self.folder}: others write this record too: run again")
+
+    def _files(self, job: Job) -> dict[str, bytes]:
+        """The record's files by name, the manifest last."""
         frame = self._rows(job)
         found = results(frame, job.model.cfg, job.spec)
         table, notes = summary(found, job.spec, cell_columns(frame))
         drawn = figures(found, table, job.spec.statistics.alpha)
-        manifest = self._manifest(job, frame, notes)
-        manifest["power"] = {
-            f"{key.variant}, {key.metric}": result.power_note(job.spec.statistics.alpha)
-            for key, result in found.items()
-            if key.baseline == "none" and len(set(result.clusters)) > 1
-        }
+        manifest = manifest_of(self.store, job, frame, found, notes)
         files = {
             METRICS: tables.encoded(tables.of_frame(frame)),
             SUMMARY: tables.encoded(tables.of_frame(table)),
             **_figure_files(drawn),
+            REPORT: page.rendered(manifest, found, table, drawn, job).encode(),
         }
-        files[REPORT] = page.rendered(manifest, found, table, drawn, job).encode()
-        manifest["files"] = {name: hashlib.sha256(x).hexdigest() for name, x in files.items()}
-        manifest["sha256"] = _hash(manifest)
-        for name, content in files.items():
-            path = self.folder / name
-            put(path.parent, [content], lambda _, path=path: path.name)
-        text = json.dumps(manifest, indent=1) + "\n"
-        put(self.folder, [text.encode()], lambda _: MANIFEST)
-        self.__dict__.pop("manifest", None)
+        job.experiment.kind.keep(self.folder / CHOSEN, job.spec.metrics)
+        kept = sorted((self.folder / CHOSEN).glob("[!.]*"))
+        manifest["files"] = {
+            **{name: hashlib.sha256(x).hexdigest() for name, x in files.items()},
+            **{f"{CHOSEN}/{path.name}": sha256(path) for path in kept},
+        }
+        manifest["sha256"] = hash_of(manifest)
+        return {**files, MANIFEST: (json.dumps(manifest, indent=1) + "\n").encode()}
 
     def _rows(self, job: Job) -> Any:
         """The rows of all units, the columns that name a cell behind the baseline."""
@@ -178,53 +203,6 @@ class Run:
         rest = [name for name in frame if name not in first]
         return with_plain_cells(frame[first + rest], names)
 
-    def _manifest(self, job: Job, frame: Any, notes: list[str]) -> dict[str, Any]:
-        spec, store, origin = job.spec, self.store, job.model.origin
-        checked = selfcheck(job.model, job.pairs[: spec.pairs_per_unit], spec.metrics[0])
-        tried = attempts(self.folder)
-        none = {"attempts": None, "seconds": None, "worker": None}
-        return {
-            "schema": SCHEMA,
-            "run": store.hash[:16],
-            "name": spec.name,
-            "written": datetime.now(UTC).isoformat(timespec="seconds"),
-            "spec": store.spec["spec"],
-            "seeds": {"experiment": spec.seed, "pairs": spec.pairs.seed, "statistics": spec.seed},
-            "model": {
-                "name": None if origin is None else spec.model.name,
-                "revision": None if origin is None else origin.revision,
-                **store.spec["model"],
-            },
-            "pairs": {
-                **store.spec["pairs"],
-                "measured": int(frame["prompt"].nunique()),
-                "clusters": int(frame["cluster"].nunique()),
-            },
-            "media": provenance.media_files(job.pairs, job.path.parent),
-            "code": provenance.code(),
-            "packages": provenance.packages(),
-            "machine": provenance.machine(job.model),
-            "checks": [{**vars(one), "passed": bool(one.passed)} for one in checked],
-            "absent": job.experiment.absent,
-            "notes": notes,
-            "tolerance": _tolerance(frame, job),
-            "units": {
-                unit: {"sha256": path.stem.rpartition("-")[2], **none, **tried.get(unit, {})}
-                for unit, path in store.files().items()
-            },
-        }
-
-
-def _tolerance(frame: Any, job: Job) -> dict[str, float]:
-    """How far each metric may lie off when a unit is run again elsewhere.
-
-    A share of the largest number that it takes: other processors add up in another order.
-    """
-    precise = str(job.model.embed.ple_context.weight.dtype) in ("torch.float32", "torch.float64")
-    largest = frame.groupby("metric")[["value", "base", "target"]].agg(lambda x: x.abs().max())
-    share = 1e-4 if precise else 5e-2
-    return {str(name): share * max(1.0, float(row.max())) for name, row in largest.iterrows()}
-
 
 def _figure_files(drawn: list[Drawn]) -> dict[str, bytes]:
     return {
@@ -232,9 +210,3 @@ def _figure_files(drawn: list[Drawn]) -> dict[str, bytes]:
         for one in drawn
         for kind, content in one.files.items()
     }
-
-
-def _hash(manifest: dict[str, Any]) -> str:
-    """The hash of a manifest, without that hash."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

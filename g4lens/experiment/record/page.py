@@ -4,8 +4,6 @@ Every text that goes into it, tokens and file names among them, is escaped by th
 this file; pictures stand in it as data.
 """
 
-import base64
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -15,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from g4lens.analysis.result import Result
-from g4lens.errors import G4LensError
 from g4lens.experiment.record.figures import Drawn, value_of
+from g4lens.experiment.record.prompts import base64_of, cells_of
 from g4lens.experiment.record.summary import STATED, Key
-from g4lens.inputs.image import Image
-from g4lens.inputs.sound import Audio
 
 if TYPE_CHECKING:
     from g4lens.experiment.record.compare import Comparison
@@ -27,12 +23,17 @@ if TYPE_CHECKING:
 
 FEW, MOST = 8, 5  # a variant with no more cells is shown whole; of others the strongest
 EVERY = 600  # rows of the table of all cells
-N_PROMPTS, N_CHARACTERS = 3, 600
-THUMBNAIL = 96  # pixels
+N_PROMPTS = 3
 WIDE = 7  # inches of a figure that gets a row for itself
 # by kind of control, then by variant, metric and cell, what it has
 Beside = dict[str, dict[tuple[str, ...], dict[str, float]]]
 DASH = "\u2013"
+CONTROLS = {
+    "random": "as many other units of the same kind, in the same blocks",
+    "direction": "as long a vector in a direction drawn at random",
+    "permuted": "answer and foil exchanged in half of each template's pairs, so that nothing is "
+    "left to be found",
+}
 
 
 def rendered(
@@ -69,16 +70,23 @@ def rendered(
         headline=headline,
         headline_caption=f"The {MOST} strongest cells of each variant" if is_cut else "All cells",
         every=every if is_cut and len(every) <= EVERY else [],
-        controls=list(beside),
+        controls={name: _control(name, job, table) for name in beside},
         percent=f"{100 * (1 - alpha):g} %",
         small=[one for one in pictures if not one["is_wide"]],
         large=[one for one in pictures if one["is_wide"]],
-        conditions=own[["variant", *STATED]].drop_duplicates().to_dict("records"),
-        prompts=[list(_pair(pair)) for pair in job.pairs[:N_PROMPTS]],
+        conditions=_conditions(own),
+        prompts=[list(cells_of(pair)) for pair in job.pairs[:N_PROMPTS]],
         checks=[_check(check) for check in manifest["checks"]],
         model=_flat(manifest["model"]),
         sources=_flat({**manifest["pairs"], "media": manifest["media"]}),
-        made_by=_flat({**manifest["code"], **manifest["machine"], "seeds": manifest["seeds"]}),
+        made_by=_flat(
+            {
+                **manifest["code"],
+                "units": _computed_with(manifest),
+                **manifest["machine"],
+                "seeds": manifest["seeds"],
+            }
+        ),
         commands=f"g4lens run {name} --out DIR\ng4lens verify DIR",
         spec=yaml.safe_dump(manifest["spec"], sort_keys=False, allow_unicode=True),
     )
@@ -102,9 +110,14 @@ def compared(several: "Comparison") -> str:
             for name, manifest in manifests.items()
         ],
         rows=rows,
+        conditions=[
+            {"run": name, **row}
+            for name, table in several.summaries.items()
+            for row in _conditions(table[table["baseline"] == "none"])
+        ],
         caption="Share recovered or lost, or the mean where there is no share; strongest cells",
         pictures=[
-            {"run": name, "name": path.stem, "data": _base64(path.read_bytes())}
+            {"run": name, "name": path.stem, "data": base64_of(path.read_bytes())}
             for name, run in several.runs.items()
             for path in sorted((run.folder / "figures").glob("*.svg"))
             if not path.name.startswith("prompts.")
@@ -193,6 +206,7 @@ def _rows(
             "span": len(chosen) * (i == 0),
             "is_found": row["p_adj"] < alpha,
             "of": f"{key.variant}, {key.metric}",
+            "ends": f"base {number(row['base'])}, target {number(row['target'])}",
             "cell": cell,
             "mean": number(row["mean"]),
             "share": number(row["recovered"]),
@@ -202,6 +216,12 @@ def _rows(
             "p_adj": probability(row["p_adj"]),
             "controls": {control: number(other) for control, other in others.items()},
         }
+
+
+def _conditions(own: Any) -> list[dict[str, str]]:
+    """What the numbers of each variant depend on, a row for all metrics that have it in common."""
+    metrics = own.groupby(["variant", *STATED], sort=False)["metric"].unique().map(", ".join)
+    return metrics.reset_index()[["variant", "metric", *STATED]].to_dict("records")
 
 
 def _controls(table: Any) -> Beside:
@@ -230,6 +250,31 @@ def _question(manifest: dict[str, Any]) -> str:
     return f"{kind} in {manifest['model']['name']}, on {manifest['pairs']['n']} pairs of {pairs}."
 
 
+def _control(name: str, job: "Job", table: Any) -> str:
+    """What a control is, how often it was drawn, and what was drawn."""
+    if name == "permuted" and job.experiment.kind.permutes:
+        said = "what is chosen when labels are exchanged in half of each discovery template's pairs"
+    else:
+        said = CONTROLS[name]
+    n, of_it = getattr(job.spec.baselines, name), table["baseline"].str.startswith(f"{name}.")
+    told = dict.fromkeys(x.partition("drawn ")[2] for x in table[of_it]["details"])
+    drawn = "; ".join(x for x in told if x)
+    return f"{said} ({n} draw{'s' if n > 1 else ''}{f': {drawn}' if drawn else ''})"
+
+
+def _computed_with(manifest: Mapping[str, Any]) -> str:
+    """Which code the units were computed with."""
+    own = manifest["code"]["source"]
+    told = []
+    for code in manifest["computed_with"]:
+        other = f"source {code['source']}, commit {code['commit']}"
+        which = (
+            "this code" if code["source"] == own else other if code["source"] else "unknown code"
+        )
+        told.append(f"{code['units']} computed with {which}")
+    return "; ".join(told)
+
+
 def _check(check: dict[str, Any]) -> dict[str, Any]:
     is_told_only = check["tolerance"] is None
     result = "told only" if is_told_only else "passed" if check["passed"] else "failed"
@@ -248,55 +293,10 @@ def _flat(x: Mapping[str, Any], before: str = "") -> dict[str, str]:
     return found
 
 
-def _pair(pair: Any) -> Iterator[list[dict[str, str]]]:
-    """The cells of a pair's row, each in parts."""
-    yield list(_parts(pair.clean))
-    yield list(_parts(pair.corrupted))
-    for one in (pair.answer, pair.foil, pair.template):
-        yield [{"text": "" if one is None else str(one)[:N_CHARACTERS]}]
-
-
-def _parts(x: Any) -> Iterator[dict[str, str]]:
-    """Text, and small pictures."""
-    if isinstance(x, Image):
-        yield {"text": _called("picture", x.source), "jpeg": _thumbnail(x)}
-    elif isinstance(x, Audio):
-        yield {"text": f"({_called('sound', x.source)})"}
-    elif isinstance(x, Mapping):  # a message
-        yield {"text": f"{x.get('role', '')}:"}
-        yield from _parts(x.get("content", ""))
-    elif isinstance(x, list | tuple) and not all(isinstance(one, int) for one in x):
-        for one in x:
-            yield from _parts(one)
-    else:
-        yield {"text": str(x)[:N_CHARACTERS]}
-
-
-def _called(kind: str, source: Any) -> str:
-    return f"{kind} {source.name}" if isinstance(source, Path) else kind
-
-
-def _thumbnail(image: Image) -> str:
-    import PIL.Image
-
-    try:
-        picture = PIL.Image.open(io.BytesIO(image.encoded()))
-    except G4LensError:
-        return ""
-    picture = picture.convert("RGB")
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    picture.save(target := io.BytesIO(), "JPEG", quality=80)
-    return _base64(target.getvalue())
-
-
 def _picture(one: Drawn) -> dict[str, Any]:
     return {
         "name": one.name,
         "caption": one.caption,
-        "data": _base64(one.files["svg"]),
+        "data": base64_of(one.files["svg"]),
         "is_wide": one.width > WIDE or one.is_of_prompts,
     }
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()

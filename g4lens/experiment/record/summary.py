@@ -6,7 +6,7 @@ way of its own.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -22,6 +22,9 @@ from g4lens.config import TextConfig
 from g4lens.errors import InputError
 from g4lens.experiment.run_spec import Spec
 
+ENOUGH_DRAWS = 2000
+SHORT = 0.1  # of the mean way from base to target
+FLOORED, FLOOR = ("kl", "rank"), 1e-3  # metrics that are never negative, and what is zero of them
 CORRECTIONS: dict[str, Any] = {"max-T": "max_t", "BH": "bh"}
 STATED = [name for name in CONDITIONS if name != "metric"] + ["details"]
 Cells = Float[Tensor, "*axes"]
@@ -105,16 +108,29 @@ def summary(found: dict[Key, Result], spec: Spec, cells: list[str]) -> tuple[Any
     """
     import pandas as pd
 
-    notes: list[str] = []
-    frames = [
-        _frame(key, result, spec, notes if key.baseline == "none" else [])
-        for key, result in found.items()
-    ]
+    said: dict[str, list[Key]] = {}
+    frames = [_frame(key, result, spec, said) for key, result in found.items()]
     whole = pd.concat(frames, ignore_index=True)
     names = [name for name in cells if name in whole]
     whole = with_plain_cells(whole, names)
     rest = [name for name in whole.columns if name not in (*Key._fields, *names)]
-    return whole[[*Key._fields, *names, *rest]], list(dict.fromkeys(notes))
+    return whole[[*Key._fields, *names, *rest]], _notes(said, found, spec)
+
+
+def _notes(said: Mapping[str, list[Key]], found: Mapping[Key, Result], spec: Spec) -> list[str]:
+    """What was said of results, once each, and of which if not of all; controls are passed over."""
+    own = [key for key in found if key.baseline == "none"]
+    notes = []
+    if spec.statistics.draws < ENOUGH_DRAWS:
+        notes.append(
+            f"{spec.statistics.draws} draws leave intervals and p-values coarse, {ENOUGH_DRAWS:,} "
+            "are enough"
+        )
+    for text, keys in said.items():
+        some = [f"{key.variant}, {key.metric}" for key in own if key in keys]
+        if some:
+            notes.append(text if len(some) == len(own) else f"{'; '.join(some)}: {text}")
+    return notes
 
 
 def with_plain_cells(frame: Any, names: list[str]) -> Any:
@@ -134,18 +150,27 @@ def with_plain_cells(frame: Any, names: list[str]) -> Any:
     return frame.assign(**{name: plain(frame[name]) for name in names})
 
 
+def has_sign(result: Result) -> bool:
+    """Can an effect be of either sign? None can where a metric stands at its floor already."""
+    name = result.about["metric"].partition(".")[0]
+    return name not in FLOORED or float(result.base.mean()) > FLOOR
+
+
 def column(axis: Axis) -> str:
     """What an axis of a result is called in tables."""
     return "position" if axis.name == "pos" else axis.name
 
 
-def _frame(key: Key, result: Result, spec: Spec, notes: list[str]) -> Any:
+def _frame(key: Key, result: Result, spec: Spec, said: dict[str, list[Key]]) -> Any:
     import pandas as pd
 
     labels = product(*(axis.labels for axis in result.axes))
     frame = pd.DataFrame(list(labels), columns=[column(axis) for axis in result.axes])
+    notes: list[str] = []
     for name, cells in _statistics(result, spec, notes).items():
         frame[name] = cells.reshape(-1).numpy()
+    for text in dict.fromkeys(notes):
+        said.setdefault(text, []).append(key)
     return frame.assign(
         **key._asdict(),
         correction=spec.statistics.correction,
@@ -181,6 +206,18 @@ def _statistics(result: Result, spec: Spec, notes: list[str]) -> dict[str, Cells
         share = known(lambda: result.recovered)
     if not share.isnan().all():
         ends = known(lambda: result.bootstrap_ci("recovered", **settings), ends)
+        notes.extend(_short_ways(result))
+    smallest, p, p_adj = (unknown,) * 3
+    if has_sign(result):
+        correction = CORRECTIONS[spec.statistics.correction]
+        smallest = known(lambda: _smallest(effects, result, alpha))
+        p = known(lambda: result.permutation_pvalue(None, **tests))
+        p_adj = known(lambda: result.permutation_pvalue(correction, **tests))
+    else:
+        notes.append(
+            f"{result.about['metric']} stands at 0 without intervention and cannot fall: a test of "
+            "signs would find any change at all, and there is none"
+        )
     return {
         "mean": result.values,
         "mean_low": mean[0],
@@ -192,11 +229,22 @@ def _statistics(result: Result, spec: Spec, notes: list[str]) -> dict[str, Cells
         "recovered_high": ends[1],
         "effect": result.effect.mean(0),
         "effect_size": known(lambda: result.effect_sizes),
-        "smallest_effect": known(
-            lambda: torch.from_numpy(stats.smallest_effects(effects, result.clusters, alpha))
-        ),
-        "p": known(lambda: result.permutation_pvalue(None, **tests)),
-        "p_adj": known(
-            lambda: result.permutation_pvalue(CORRECTIONS[spec.statistics.correction], **tests)
-        ),
+        "smallest_effect": smallest,
+        "p": p,
+        "p_adj": p_adj,
     }
+
+
+def _smallest(effects: Any, result: Result, alpha: float) -> Cells:
+    return torch.from_numpy(stats.smallest_effects(effects, result.clusters, alpha))
+
+
+def _short_ways(result: Result) -> Iterator[str]:
+    """A word on pairs with hardly any way from base to target, or one in the other direction."""
+    span = result.target - result.base
+    short = int((span / span.mean() < SHORT).sum())
+    if short:
+        yield (
+            f"in {short} of {len(span)} pairs target - base is below a tenth of its mean, or of "
+            "the other sign: see the prompts one by one"
+        )

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from g4lens.errors import G4LensError, InputError, StoreError
-from g4lens.experiment import tables
+from g4lens.experiment import tables, version
 from g4lens.experiment.files import sha256
 from g4lens.experiment.record import provenance
+from g4lens.experiment.record.manifest import run_id
 from g4lens.experiment.store import differences
 
 if TYPE_CHECKING:
@@ -72,14 +73,18 @@ def verify(run: "Run", k: int = 3, seed: int | None = None) -> Verdict:
         manifest = run.manifest
     except StoreError as error:
         return Verdict((*problems, str(error)))
-    problems += _files(run, manifest)
+    problems += [*changed(run, manifest), *_exchanged(run, manifest)]
+    if manifest["run"] != run_id(run.store):
+        return Verdict(tuple(problems))
+    told = _told(manifest)
     try:
         job = run.job()
     except G4LensError as error:  # a picture is gone, or the weights
-        return Verdict((*problems, f"the inputs cannot be taken: {error}"))
-    changed, notes = _inputs(run, job, manifest)
-    if changed:
-        return Verdict((*problems, *changed, "no unit was run again: the inputs are others"), notes)
+        return Verdict((*problems, f"the inputs cannot be taken: {error}"), told)
+    others, notes = _inputs(run, job, manifest)
+    if others:
+        said = "no unit was run again: the inputs are others"
+        return Verdict((*problems, *others, said), (*told, *notes))
     units = random.Random(seed).sample(run.store.units, min(k, len(run.store.units)))
     off: dict[str, dict[str, float]] = {}
     for unit in sorted(units, key=run.store.units.index):
@@ -89,22 +94,46 @@ def verify(run: "Run", k: int = 3, seed: int | None = None) -> Verdict:
             continue  # the store has told of it
         wrong, off[unit] = _compared(unit, held, job.experiment.frame(unit), manifest["tolerance"])
         problems += wrong
-    return Verdict(tuple(problems), notes, off)
+    return Verdict(tuple(problems), (*told, *notes), off)
 
 
-def _files(run: "Run", manifest: dict[str, Any]) -> list[str]:
-    """The files of the record that are not what was written, and units that are others."""
+def changed(run: "Run", manifest: dict[str, Any]) -> list[str]:
+    """The files of a record that are not what was written, or all of it if it is another's."""
+    if manifest["run"] != (own := run_id(run.store)):
+        return [f"{run.folder} has the manifest of run {manifest['run']}, it is {own}: run again"]
     wrong = []
     for name, digest in manifest["files"].items():
         path = run.folder / name
         if not path.is_file():
             wrong.append(f"{path} is missing: run again")
         elif sha256(path) != digest:
-            wrong.append(f"{path} is not what was written: delete manifest.json and run again")
-    for unit, path in run.store.files().items():
-        if manifest["units"].get(unit, {}).get("sha256") not in path.name:
-            wrong.append(f"unit {unit} is not the one that the record is of")
+            wrong.append(f"{path} is not what was written: run again")
     return wrong
+
+
+def _exchanged(run: "Run", manifest: dict[str, Any]) -> list[str]:
+    """The units that are not those of the record."""
+    held = manifest["units"]
+    return [
+        f"unit {unit} is not the one that the record is of"
+        for unit, path in run.store.files().items()
+        if unit in held and held[unit]["sha256"] not in path.name
+    ]
+
+
+def _told(manifest: dict[str, Any]) -> tuple[str, ...]:
+    """What the record itself says against its numbers."""
+    failed = [check["name"] for check in manifest["checks"] if not check["passed"]]
+    notes = [f"self-check {name!r} failed when the record was written" for name in failed]
+    writer = manifest["code"]["source"]
+    for code in manifest["computed_with"]:
+        if code["source"] != writer:
+            known = code["source"] and f"{code['version']}, source {code['source'][:12]}..."
+            notes.append(
+                f"{code['units']} units were computed with {known or 'a code that is not known'}, "
+                f"the record with source {writer[:12]}..."
+            )
+    return tuple(notes)
 
 
 def _inputs(run: "Run", job: "Job", manifest: dict[str, Any]) -> tuple[list[str], tuple[str, ...]]:
@@ -118,12 +147,9 @@ def _inputs(run: "Run", job: "Job", manifest: dict[str, Any]) -> tuple[list[str]
             theirs, ours = ({k: v for k, v in x.items() if k != "device"} for x in (theirs, ours))
         wrong += _said(name, theirs, ours)
     notes = _said("device", then["model"]["device"], now["model"]["device"])
-    for name, found in (
-        ("code", provenance.code()),
-        ("packages", provenance.packages()),
-        ("machine", provenance.machine(job.model)),
-    ):
-        notes += _said(name, manifest[name], found)
+    notes += _said("code", manifest["code"], version.code())
+    notes += provenance.few(_said("packages", manifest["packages"], provenance.packages()))
+    notes += _said("machine", manifest["machine"], provenance.machine(job.model))
     return wrong, tuple(notes)
 
 
