@@ -68,7 +68,11 @@ class QuantisationError:
 
 
 def quantisation_error(
-    name: str | Path, prompts: Sequence[Any], quantize: Kind, **options: Any
+    name: str | Path,
+    prompts: Sequence[Any],
+    quantize: Kind,
+    progress: bool = True,
+    **options: Any,
 ) -> QuantisationError:
     """Compare a model in fewer bits with the same model in bfloat16, prompt by prompt.
 
@@ -84,6 +88,7 @@ def quantisation_error(
         prompts: texts, tuples of parts for `model.prompt`, lists of messages for `model.chat`,
             Prompts, or ids; as `read_prompts` gives them.
         quantize: "int8" or "int4".
+        progress: show a bar.
         options: of `load` for both models; `dtype` is "bfloat16" unless given.
 
     Raises:
@@ -96,18 +101,28 @@ def quantisation_error(
     if not prompts:
         raise InputError("no prompts, expected at least one")
     options = {"dtype": "bfloat16", **options}
+    from tqdm.auto import tqdm
+
     found: list[tuple[float, float, int]] = []
-    with tempfile.TemporaryDirectory(prefix="g4lens-") as folder, torch.no_grad():
+    with (
+        tempfile.TemporaryDirectory(prefix="g4lens-") as folder,
+        torch.no_grad(),
+        tqdm(
+            total=2 * len(prompts), unit="pass", leave=False, delay=1.0, disable=not progress
+        ) as bar,
+    ):
         kept = [Path(folder) / f"{i}.safetensors" for i in range(len(prompts))]
         model = load(name, **options)
         for i, path in enumerate(kept):
             save_file({"logits": _logits(model, prompts[i], i)}, path)
+            bar.update()
         del model
         gc.collect()
         model = load(name, quantize=quantize, **options)
         for i, path in enumerate(kept):
             found.append(_compared(load_file(path)["logits"], _logits(model, prompts[i], i)))
             path.unlink()
+            bar.update()
     kl, agreement, n = zip(*found, strict=True)
     return QuantisationError(kl, agreement, n)
 

@@ -46,21 +46,21 @@ def run(args: argparse.Namespace) -> None:
     """Do what a spec of an experiment says, or with `--dry` tell what it would cost."""
     from g4lens.experiment.run import prepare
     from g4lens.experiment.run import run as run_spec
-    from g4lens.experiment.store import UnitStore
 
     if args.dry:
         _plan(prepare(args.spec).experiment, args)
         return
     if args.out is None:
         raise InputError("--out is missing: the folder to write to")
-    run_spec(args.spec, args.out, **arguments.how(args))
-    store = UnitStore.open(args.out)
-    left = len(store.missing())
+    found = run_spec(args.spec, args.out, **arguments.how(args))
+    units, left = found.store.units, len(found.store.missing())
+    checks = found.manifest["checks"] if found.is_recorded else []
     told = {
         "folder": str(args.out),
-        "units": len(store.units),
-        "done": len(store.units) - left,
+        "units": len(units),
+        "done": len(units) - left,
         "report": None if left else str(args.out / "report.html"),
+        "failed": [check["name"] for check in checks if not check["passed"]] or None,
     }
     arguments.tell(args, told, lambda: _lines(told))
 

@@ -35,14 +35,20 @@ def add(commands: arguments.Commands) -> None:
 
 def verify(args: argparse.Namespace) -> int:
     """Tell whether a run, or cached activations, are what they say: 1 if not."""
-    from g4lens.experiment.record import Run  # pyarrow, pydantic
     from g4lens.experiment.store import UnitStore
 
     store = UnitStore.open(args.run)
     is_cache = store.spec.get("kind") == "activations"
-    verdict = _of_cache(store) if is_cache else Run(args.run).verify(args.units)
+    verdict = _of_cache(store) if is_cache else _of_run(args)
     arguments.tell(args, {"passed": verdict.passed, **vars(verdict)}, lambda: str(verdict))
     return 0 if verdict.passed else 1
+
+
+def _of_run(args: argparse.Namespace) -> "Verdict":
+    """A run beside its hashes, and some of its units run again."""
+    from g4lens.experiment.record import Run  # pyarrow, pydantic
+
+    return Run(args.run).verify(args.units, progress=not args.quiet)
 
 
 def _of_cache(store: "UnitStore") -> "Verdict":

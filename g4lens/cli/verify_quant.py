@@ -34,7 +34,10 @@ def verify_quant(args: argparse.Namespace) -> None:
     from g4lens.experiment.prompts_file import read_prompts
 
     options: dict[str, Any] = {"revision": args.revision, "device": args.device, "ple": "disk"}
-    found = quantisation_error(args.name, read_prompts(args.prompts), args.quantize, **options)
+    prompts = read_prompts(args.prompts)
+    found = quantisation_error(
+        args.name, prompts, args.quantize, progress=not args.quiet, **options
+    )
     rows = list(zip(found.kl, found.agreement, found.n_positions, strict=True))
     total = found.total_kl, found.total_agreement, sum(found.n_positions)
     keys = ("kl", "agreement", "positions")

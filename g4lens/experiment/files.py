@@ -66,6 +66,22 @@ def sweep(folder: Path) -> None:
             continue
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Of all who enter such a block with this file, one at a time is in it.
+
+    Raises: StoreError: no permission, or a file system without locks.
+    """
+    import fcntl
+
+    try:
+        with path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise failed(path.parent, error) from None
+
+
 def sha256(path: Path) -> str:
     """The hash of a file's content. Raises: StoreError: it cannot be read."""
     try:

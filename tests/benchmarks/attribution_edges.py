@@ -25,7 +25,7 @@ def edges(model, hf, rounds: int) -> None:
     tiny = g4lens.load("tiny")
     _edges("the bundled model", tiny, g4lens.tasks.pairs("ioi", 16), rounds)
     pairs = random_pairs(4, 192)
-    for budget in (64, 256):
+    for budget in (256, 1024):
         peak = extra_peak(lambda budget=budget: edge_attribution(model, pairs, budget=budget * MIB))
         print(f"memory of EAP over 4 x 192 tokens, budget {budget} MiB: {peak / MIB:.0f} MiB")
 

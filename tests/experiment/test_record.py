@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from importlib.metadata import version as version_of
 
 import numpy as np
@@ -14,7 +16,9 @@ import pytest
 import torch
 
 import g4lens
+from g4lens import cli
 from g4lens.analysis.result import Result, axis
+from g4lens.analysis.selfcheck import Check
 from g4lens.errors import InputError, StoreError
 from g4lens.experiment import version
 from g4lens.experiment.record import Run, folder
@@ -261,6 +265,17 @@ def test_a_record_that_was_tampered_with_is_written_anew(recorded, tmp_path):
     assert found.manifest["files"] == recorded.manifest["files"]
 
 
+def test_a_failed_self_check_is_told(recorded, tmp_path, monkeypatch, capsys):
+    again = moved(recorded, tmp_path / "home")
+    (again.folder / "manifest.json").unlink()
+    found = [Check("sums", 0.5, 0.1), Check("reach", 0.0, 0.1)]
+    monkeypatch.setattr("g4lens.experiment.record.manifest.selfcheck", lambda *args: found)
+    command = ["run", str(tmp_path / "home" / "spec.yaml"), "--out", str(again.folder), "--json"]
+    assert cli.main(command) == 0
+    assert json.loads(capsys.readouterr().out)["failed"] == ["sums"]
+    assert "self-check 'sums' failed" in str(Run(again.folder).verify(0))
+
+
 def test_a_manifest_of_another_schema_is_no_record(recorded, tmp_path):
     again = moved(recorded, tmp_path / "home")
     held = {**again.manifest, "schema": 1}
@@ -286,27 +301,25 @@ def test_no_record_is_made_of_a_damaged_unit_or_for_another_spec(recorded, tmp_p
     assert (again.folder / "manifest.json").read_bytes() == before
 
 
-def test_two_who_write_the_record_at_once_leave_a_whole_one(recorded, tmp_path, monkeypatch):
+def test_two_who_write_the_record_at_once_leave_that_of_one(recorded, tmp_path, monkeypatch):
     again, put = moved(recorded, tmp_path / "home"), folder.put
-    made = {name: (again.folder / name).read_bytes() for name in again.manifest["files"]}
-    made["manifest.json"] = (again.folder / "manifest.json").read_bytes()
-    monkeypatch.setattr(Run, "_files", lambda self, job: made)
-    others = []
+    names = ("metrics.parquet", "report.html", "manifest.json")
+    monkeypatch.setattr(Run, "_files", lambda self, job: dict.fromkeys(names, job))
 
-    def late(where, chunks, name):
-        target = put(where, chunks, name)
-        if target.name == "manifest.json" and len(others) < 2:  # another's page comes after it
-            others.append(target)
-            (again.folder / "report.html").write_text("of another machine")
-        return target
+    def slow(where, chunks, name):
+        time.sleep(0.02)
+        return put(where, chunks, name)
 
-    monkeypatch.setattr(folder, "put", late)
-    again.write_record()
-    assert len(others) == 2
-    assert again.is_whole
-    monkeypatch.setattr(folder, "TRIES", 0)
-    with pytest.raises(StoreError, match="others write this record too"):
-        again.write_record()
+    monkeypatch.setattr(folder, "put", slow)
+    writers = [
+        threading.Thread(target=Run(again.folder).write_record, args=(f"{i}".encode(),))
+        for i in range(4)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len({(again.folder / name).read_bytes() for name in names}) == 1
 
 
 def test_a_run_with_missing_units_has_no_record_yet(recorded, tmp_path):

@@ -32,6 +32,7 @@ from g4lens.analysis.gradients.slopes import (
     need_gradient,
     need_slope,
     need_way_down,
+    pairs_that_fit,
 )
 from g4lens.analysis.groups import Group
 from g4lens.analysis.metrics import Metric, as_metric, checked, logit_diff
@@ -88,12 +89,12 @@ def edge_attribution(
             takes the end of each part that is nearer to the corrupted run.)
         direction: "noise" estimates what becomes of the clean run with corrupted edges, "denoise"
             the reverse.
-        budget: bytes of memory beside the model; sets the size of batches, of a pair at least.
+        budget: bytes of memory beside the model; sets the size of batches.
 
     Returns: The estimated change of the metric for each edge and pair, all positions together.
 
     Raises: InputError: a metric without gradient, as KL of clean runs; fewer than one step; pairs
-        that differ in length; hooks hung on the model.
+        that differ in length; a budget too small for one; hooks hung on the model.
     """
     began, metric = time.perf_counter(), as_metric(metric)
     if steps is not None and (not isinstance(steps, int) or steps < 1):
@@ -103,11 +104,7 @@ def edge_attribution(
     shares = [0.0] if steps is None else [(i + 0.5) / steps for i in range(steps)]
     graph, is_flat = Graph(model.cfg), list[bool]()
     groups = aligned_groups(model, pairs, metric, direction)
-    parts = [
-        part
-        for group in groups
-        for part in group.split(max(1, budget // _pair_bytes(graph, group)))
-    ]
+    parts = [part for group in groups for part in group.split(_at_once(graph, group, budget))]
 
     def scores(part: Group) -> Float[Tensor, "pairs senders ports"]:
         edges = _Edges(model, part, metric, direction)
@@ -137,10 +134,10 @@ def edge_attribution(
     return EdgeScores(graph, per_pair, as_pairs(pairs).clusters, about, cost)
 
 
-def _pair_bytes(graph: Graph, group: Group) -> int:
-    """Memory that one pair takes: the writes of both runs, and the graph of one."""
+def _at_once(graph: Graph, group: Group, budget: int) -> int:
+    """How many pairs may run at once: one takes the writes of a run, and the graph of another."""
     n, reads = group.rows["clean"][0].tokens.shape[1], group.targets.reads.shape[1]
-    return 2 * run_bytes(graph, group) + graph_bytes(graph.cfg, n, reads)
+    return pairs_that_fit(budget, run_bytes(graph, group) + graph_bytes(graph.cfg, n, reads), n)
 
 
 class _Edges:

@@ -27,6 +27,7 @@ from g4lens.analysis.gradients.slopes import (
     graph_bytes,
     need_slope,
     need_way_down,
+    pairs_that_fit,
     rows_held,
 )
 from g4lens.analysis.groups import SIDES, Group, Side
@@ -235,12 +236,7 @@ class _Job:
         matrices = 14 * 4 * cfg.n_heads * n * n if self.rebuilds else 0
         tower = max(pass_bytes(self.cfg, row, reads) for row in rows)
         need = max(graph_bytes(cfg, n, reads) + held + matrices, tower)
-        if need > budget:
-            raise InputError(
-                f"budget is {budget / 2**20:,.1f} MiB, but the graph of one pair of {n} tokens "
-                f"takes {need / 2**20:,.1f} MiB"
-            )
-        return group.split(max(1, budget // need))
+        return group.split(pairs_that_fit(budget, need, n))
 
     def run(
         self, parts: list[Group], n_pairs: int, progress: bool

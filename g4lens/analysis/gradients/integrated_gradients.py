@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from g4lens.analysis.engine import BUDGET, pass_bytes
-from g4lens.analysis.gradients.slopes import graph_bytes, need_gradient, need_slope
+from g4lens.analysis.gradients.slopes import graph_bytes, need_gradient, need_slope, pairs_that_fit
 from g4lens.analysis.groups import Group
 from g4lens.analysis.metrics import Metric, as_metric, checked, logit_diff
 from g4lens.analysis.pairs import Pair, Pairs, as_pairs
@@ -222,12 +222,7 @@ class _Way:
         n = row.tokens.shape[1]
         need = graph_bytes(cfg, n, reads) + 12 * n * (cfg.d_model + cfg.n_layers * cfg.d_ple)
         need = max(need, pass_bytes(cfg, row, reads))
-        if need > self.budget:
-            raise InputError(
-                f"budget is {self.budget / 2**20:,.1f} MiB, but the graph of one prompt of {n} "
-                f"tokens takes {need / 2**20:,.1f} MiB"
-            )
-        return self.budget // need
+        return pairs_that_fit(self.budget, need, n)
 
     @torch.no_grad()
     def _ends(self, group: Group) -> tuple[State, State]:

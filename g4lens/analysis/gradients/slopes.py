@@ -169,6 +169,19 @@ def rows_of(
     return x[torch.arange(len(x), device=x.device)[:, None], index.clamp(min=0)]
 
 
+def pairs_that_fit(budget: int, need: int, n: int) -> int:
+    """How many pairs of `n` tokens may run at once, if one takes `need` bytes.
+
+    Raises: InputError: not even one.
+    """
+    if need > budget:
+        raise InputError(
+            f"budget is {budget / 2**20:,.1f} MiB, but the graph of one pair of {n:,} tokens takes "
+            f"{need / 2**20:,.1f} MiB"
+        )
+    return budget // need
+
+
 def graph_bytes(cfg: TextConfig, n: int, reads: int) -> int:
     """Memory that the graph of one prompt's pass takes, in float32."""
     total = cfg.n_layers * cfg.d_ple * 6 * n + 4 * reads * cfg.d_vocab

@@ -179,7 +179,7 @@ class Experiment:
 
         Columns: variant, baseline, units, cells (of all pairs and metrics), removed (those that
         reach proves to change nothing), passes (what it amounts to, in forward passes over whole
-        prompts), seconds, bytes (beside the model).
+        prompts), seconds, bytes (beside the model, at most).
 
         Costs a few plain passes of one pair, by which the time is judged.
         """
@@ -276,9 +276,8 @@ class Experiment:
 
 def _check_labels(metric: Metric, groups: Sequence[Group]) -> None:
     """Raises: InputError: the metric does not find the answers and foils that it needs."""
-    for group in (
-        groups if metric.is_normalised else ()
-    ):  # KL has none, and would run the clean side
+    # KL needs none, and would run the clean side
+    for group in groups if metric.is_normalised else ():
         for part in group.split(AT_ONCE):
             reads = part.targets.reads.shape[1]
             metric(torch.zeros(len(part), reads, group.cfg.d_vocab), part.targets)

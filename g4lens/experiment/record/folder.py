@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from g4lens.errors import InputError, StoreError, listed
 from g4lens.experiment import tables
-from g4lens.experiment.files import put, sha256
+from g4lens.experiment.files import alone, put, sha256
 from g4lens.experiment.record import page
 from g4lens.experiment.record.figures import Drawn, figures
 from g4lens.experiment.record.manifest import SCHEMA, hash_of, manifest_of
@@ -32,7 +32,7 @@ from g4lens.experiment.record.summary import (
 )
 from g4lens.experiment.record.verify import Verdict, changed, verify
 from g4lens.experiment.run import Job, prepare
-from g4lens.experiment.store import UnitStore
+from g4lens.experiment.store import SPEC, UnitStore
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +44,6 @@ MANIFEST, METRICS, SUMMARY, REPORT = (
     "report.html",
 )
 FIGURES, CHOSEN = "figures", "chosen"
-TRIES = 3
 
 
 class Run:
@@ -136,9 +135,9 @@ class Run:
         """What the run is, prepared again from its spec file. Raises: InputError: as `prepare`."""
         return prepare(self.folder / self.store.about["path"])
 
-    def verify(self, k: int = 3, seed: int | None = None) -> Verdict:
+    def verify(self, k: int = 3, seed: int | None = None, progress: bool = True) -> Verdict:
         """Compare hashes of inputs and files, and run `k` units again; see `verify`."""
-        return verify(self, k, seed)
+        return verify(self, k, seed, progress)
 
     # ---- writing
 
@@ -152,8 +151,7 @@ class Run:
 
         Raises:
             InputError: units are missing, or the spec or what it names is another by now.
-            StoreError: no space, no permission, a unit that is not what was written, or others who
-                write the same record again and again.
+            StoreError: no space, no permission, or a unit that is not what was written.
         """
         if missing := self.store.missing():
             raise InputError(f"{self.folder} has no units {listed(missing, 4)} yet: run again")
@@ -164,14 +162,11 @@ class Run:
             job = self.job()
             job.store(self.folder)  # the spec file may be another by now
         files = self._files(job)
-        for _ in range(TRIES):  # another process may have come to the end at the same time
+        with alone(self.folder / SPEC):  # others may have come to the end at the same time
             for name, content in files.items():
                 path = self.folder / name
                 put(path.parent, [content], lambda _, path=path: path.name)
-            self.__dict__.pop("manifest", None)
-            if self.is_whole:
-                return
-        raise StoreError(f"{self.folder}: others write this record too: run again")
+        self.__dict__.pop("manifest", None)
 
     def _files(self, job: Job) -> dict[str, bytes]:
         """The record's files by name, the manifest last."""

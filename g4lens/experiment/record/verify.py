@@ -54,7 +54,7 @@ class Verdict:
         return "\n".join([*lines, "verified" if self.passed else "NOT verified"])
 
 
-def verify(run: "Run", k: int = 3, seed: int | None = None) -> Verdict:
+def verify(run: "Run", k: int = 3, seed: int | None = None, progress: bool = True) -> Verdict:
     """Compare a run with its hashes and with its inputs of today, and run some units again.
 
     Costs a read of all files and weights, and the units.
@@ -63,6 +63,7 @@ def verify(run: "Run", k: int = 3, seed: int | None = None) -> Verdict:
         run: complete, with its record.
         k: how many units to run again.
         seed: draws them; by default others every time.
+        progress: show a bar.
 
     Raises: InputError: the run is not complete, or fewer than 0 units are asked for.
     """
@@ -87,7 +88,10 @@ def verify(run: "Run", k: int = 3, seed: int | None = None) -> Verdict:
         return Verdict((*problems, *others, said), (*told, *notes))
     units = random.Random(seed).sample(run.store.units, min(k, len(run.store.units)))
     off: dict[str, dict[str, float]] = {}
-    for unit in sorted(units, key=run.store.units.index):
+    from tqdm.auto import tqdm
+
+    ordered = sorted(units, key=run.store.units.index)
+    for unit in tqdm(ordered, unit="unit", leave=False, delay=1.0, disable=not progress):
         try:
             held = tables.read(run.store.files()[unit]).to_pandas()
         except (KeyError, StoreError):

@@ -10,8 +10,9 @@ import g4lens
 from g4lens.analysis.circuits.edge_attribution import edge_attribution
 from g4lens.analysis.circuits.edge_scores import EdgeScores
 from g4lens.analysis.circuits.graph import Graph, Node
-from g4lens.analysis.circuits.graph_run import graph_run
+from g4lens.analysis.circuits.graph_run import graph_run, run_bytes
 from g4lens.analysis.circuits.path_patching import path_patching
+from g4lens.analysis.gradients.slopes import graph_bytes
 from g4lens.analysis.metrics import as_metric
 from g4lens.analysis.pairs import Pair, Pairs
 from g4lens.errors import InputError
@@ -129,7 +130,11 @@ def test_what_is_reported():
     model = randomised(Gemma4(small_config()), seed=6).double()
     pairs = random_pairs(3)
     scores = edge_attribution(model, pairs, steps=2, direction="denoise")
-    one = edge_attribution(model, pairs, steps=2, direction="denoise", budget=1)
+    (group,) = pairs.on(model, "logit_diff")
+    just = run_bytes(Graph(model.cfg), group) + graph_bytes(model.cfg, 14, reads=1)
+    with pytest.raises(InputError, match="the graph of one pair of 14 tokens takes"):
+        edge_attribution(model, pairs, budget=just - 1)
+    one = edge_attribution(model, pairs, steps=2, direction="denoise", budget=just)
     torch.testing.assert_close(scores.per_pair, one.per_pair, rtol=1e-5, atol=1e-6)
     frame, best = scores.to_frame(), scores.top(3)
     assert len(frame) == int(scores.graph.allowed.sum())

@@ -111,7 +111,7 @@ def test_budget_changes_nothing_but_the_parts(gentle):
         for budget in (2**30, 2**20)
     )
     torch.testing.assert_close(whole.per_pair, small.per_pair)
-    with pytest.raises(InputError, match=r"budget is 0.1 MiB, but the graph of one prompt of 11"):
+    with pytest.raises(InputError, match=r"budget is 0.1 MiB, but the graph of one pair of 11"):
         integrated_gradients(model, pairs, budget=2**17, progress=False)
 
 
