@@ -1,5 +1,6 @@
 """Models that the tests share: small, with every structural case, and nothing at its default."""
 
+import jaxtyping
 import pytest
 import torch
 
@@ -8,6 +9,15 @@ from g4lens.inputs.batch import Batch
 from g4lens.model.gemma4 import Gemma4
 
 torch.set_num_threads(1)  # these tensors are small: a second thread costs more than it brings
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Tests of whole runs go without the checks of shapes: those of the parts have them."""
+    unchecked = item.get_closest_marker("unchecked") is not None
+    jaxtyping.config.update("jaxtyping_disable", unchecked)
+    return (yield)
+
 
 IMAGE, AUDIO, BOI, EOI, BOA, EOA, VIDEO = range(90, 97)
 

@@ -28,6 +28,7 @@ def test_points_that_the_scalar_does_not_depend_on_get_zeros(model, tokens):
     assert (grads["resid_post", 3][0, :3] != 0).any()
 
 
+@pytest.mark.unchecked
 def test_gradients_equal_finite_differences(model, seen_and_heard):
     """In float64 throughout: the model computes at least in float32, so doubles stay doubles."""
     double = copy.deepcopy(model).double()

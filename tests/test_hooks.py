@@ -128,6 +128,7 @@ def test_an_owners_edit_reaches_all_its_readers(model, tokens):
         assert bool((cache["norm_v", layer] == 0).all()) == (layer in readers)
 
 
+@pytest.mark.unchecked
 def test_edits_at_every_point_change_the_logits(model, seen_and_heard):
     """Whatever is named can be edited, in the towers too, in place, and the edit is not lost."""
     plain = model(seen_and_heard)

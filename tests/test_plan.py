@@ -11,6 +11,8 @@ from g4lens.errors import HookNameError, InputError
 from g4lens.plan import RELEASED, Options, fitting, plan
 from tests.peak import measured
 
+pytestmark = pytest.mark.unchecked
+
 E2B = RELEASED["E2B"]
 CACHED = "blocks.*.hook_resid_post"
 

@@ -15,6 +15,8 @@ from g4lens.experiment.kinds.base import Baseline, Chunk
 from g4lens.experiment.kinds.controls import other_heads, other_places, permuted, turned
 from g4lens.experiment.run_spec import Spec
 
+pytestmark = pytest.mark.unchecked
+
 N = 8
 FLAT = {
     "patching": {"site": ["resid_pre", "z"], "layers": [2, 7], "positions": ["subject", "end"]},

@@ -27,6 +27,8 @@ from g4lens.experiment.record.summary import cell_columns, results, summary
 from g4lens.experiment.run import prepare, run
 from tests.experiment.recorded import done, moved, written
 
+pytestmark = pytest.mark.unchecked
+
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):

@@ -23,6 +23,8 @@ from tests.experiment.recorded import (
     written,
 )
 
+pytestmark = pytest.mark.unchecked
+
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):

@@ -15,6 +15,8 @@ from g4lens.experiment.record import Run
 from g4lens.experiment.run import prepare, run
 from g4lens.experiment.store import UnitStore
 
+pytestmark = pytest.mark.unchecked
+
 SPECS = {
     "patching": "{kind: patching, site: resid_pre, layers: [3, 9], positions: [subject, end]}",
     "ablation": "{kind: ablation, site: ple_out, value: [zero, mean, resample], layers: [2, 13]}",

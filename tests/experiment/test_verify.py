@@ -12,6 +12,8 @@ from g4lens.experiment.record import Run, provenance
 from g4lens.experiment.record.manifest import hash_of
 from tests.experiment.recorded import change_weights, done, moved, pictured, written
 
+pytestmark = pytest.mark.unchecked
+
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):

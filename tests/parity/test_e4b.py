@@ -22,6 +22,8 @@ from tests.benchmarks import make_e2b
 from tests.parity import checkpoints as made
 from tests.parity.test_model import Their, distance, inputs_of
 
+pytestmark = pytest.mark.unchecked
+
 E4B = RELEASED["E4B"]
 NAME = "google/gemma-4-E4B-it"
 SMALL = make_e2b.SIZES["E4B"] | {"hidden_size": 64, "intermediate_size": 96}

@@ -14,6 +14,8 @@ from g4lens.analysis.metrics import logit_diff
 from g4lens.analysis.patching import activation_patching
 from tests.planted.brute import MODELS
 
+pytestmark = pytest.mark.unchecked
+
 COPIED = (  # the answer goes from where it stands to the logits without any attention in between
     "ple_lookup",
     "shared_value",

@@ -13,6 +13,8 @@ from g4lens.analysis.circuits.graph_run import circuit_metric
 from g4lens.analysis.circuits.path_patching import path_patching
 from g4lens.errors import InputError
 
+pytestmark = pytest.mark.unchecked
+
 KNOWN = planted.get("edges")
 GRAPH = Graph(KNOWN.model.cfg)
 EDGES = sorted(KNOWN.edges | KNOWN.distractor_edges, key=str)

@@ -10,6 +10,8 @@ from g4lens.analysis.metrics import logit_diff
 from g4lens.analysis.patching import activation_patching
 from tests.planted.brute import MODELS, effects
 
+pytestmark = pytest.mark.unchecked
+
 METHODS = {"patching": planted.by_patching, "ablation": planted.by_ablation}
 CASES = [
     pytest.param(p, method, how, id=f"{p.name}-{method}-{how}")

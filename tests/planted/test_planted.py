@@ -9,6 +9,8 @@ from g4lens.errors import InputError
 from g4lens.planted import builder
 from tests.planted.brute import MODELS, activation, effects, groups
 
+pytestmark = pytest.mark.unchecked
+
 SIDES = ("clean", "corrupted")
 CIRCUITS = [p for p in MODELS.values() if p.circuit]
 NOTHING = 1e-4  # of effects of order 10

@@ -11,6 +11,8 @@ from g4lens.analysis.subspaces.das import das, interchange_accuracy, overlap, ra
 from g4lens.analysis.subspaces.dormant import dormant_check
 from g4lens.planted.subspace import subspace
 
+pytestmark = pytest.mark.unchecked
+
 
 @pytest.fixture(scope="module")
 def p():

@@ -192,6 +192,7 @@ def test_bad_input(model, pairs):
     model(pairs[0].clean)  # no hook is left
 
 
+@pytest.mark.unchecked
 def test_the_bundled_model_keeps_a_capital_in_few_directions():
     tiny = g4lens.load("tiny")
     pairs = g4lens.tasks.pairs("capital", 60).filter(tiny)
